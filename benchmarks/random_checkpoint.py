@@ -1,0 +1,105 @@
+"""A checkpoint of random weights in the true shape: ``python benchmarks/random_checkpoint.py DIR``.
+
+Weights have the spread of trained ones (normal, with a few input channels that are many times
+larger), and are written shard by shard, so that any size needs the memory of one tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lowmem.artifact import strict_json
+from lowmem.artifact.config import NORMS, ModelConfig, config_json
+from lowmem.artifact.contract import Contract
+from lowmem.artifact.tensors import INDEX_FILE, TensorSpec, header_bytes
+from lowmem.artifact.weights import EMBEDDING, FINAL_NORM
+
+SHAPES = {
+    "2b": ModelConfig("mistral", 32000, 2048, 7168, 36, 16, 4, 128, 1e-5, 1e4, 32768, 4096),
+    "7b": ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096),
+}
+CONTRACT = Contract(
+    query_template="Instruct: {task}\nQuery: {text}",
+    document_template="{text}",
+    bos_token_id=1,
+    eos_token_id=2,
+    is_causal=True,
+    pooling="lasttoken",
+    max_seq_length=4096,
+    normalize_embeddings=True,
+    tasks={"NQ": "Given a question, retrieve Wikipedia passages that answer the question"},
+    default_task="NQ",
+)
+_OUTLIERS, _OUTLIER_GAIN = 8, 8.0
+
+
+def write_checkpoint(directory: Path, config: ModelConfig, shards: int = 3, seed: int = 0) -> None:
+    """Writes config, tokenizer, contract (``contract.json``) and fp16 shards into a directory."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(strict_json.dumps(config_json(config, "float16")))
+    (directory / "contract.json").write_text(strict_json.dumps(CONTRACT.to_json()))
+    _write_tokenizer(directory)
+    names = list(_specs(config).items())
+    size = -(-len(names) // shards)
+    weight_map = {}
+    random = np.random.default_rng(seed)
+    for number in range(shards):
+        part = dict(names[number * size : (number + 1) * size])
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        weight_map |= dict.fromkeys(part, name)
+        with (directory / name).open("wb") as file:
+            file.write(header_bytes(part))
+            for spec in part.values():
+                file.write(_weights(spec, random).tobytes())
+    (directory / INDEX_FILE).write_text(strict_json.dumps({"weight_map": weight_map}))
+
+
+def _specs(config: ModelConfig) -> dict[str, TensorSpec]:
+    specs = {EMBEDDING: TensorSpec("F16", (config.vocab_size, config.hidden_size))}
+    for index in range(config.num_hidden_layers):
+        for norm in NORMS:
+            specs[f"layers.{index}.{norm}.weight"] = TensorSpec("F16", (config.hidden_size,))
+        for linear, shape in config.linears().items():
+            specs[f"layers.{index}.{linear}.weight"] = TensorSpec("F16", shape)
+    return {**specs, FINAL_NORM: TensorSpec("F16", (config.hidden_size,))}
+
+
+def _weights(spec: TensorSpec, random: np.random.Generator) -> np.ndarray:
+    if len(spec.shape) == 1:
+        return (1 + 0.1 * random.standard_normal(spec.shape, np.float32)).astype(np.float16)
+    weights = random.standard_normal(spec.shape, np.float32)
+    weights *= spec.shape[1] ** -0.5
+    weights[:, random.integers(0, spec.shape[1], _OUTLIERS)] *= _OUTLIER_GAIN
+    return weights.astype(np.float16)
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """One piece a byte: enough to turn any text into ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = {piece: number for number, piece in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="7b")
+    arguments = parser.parse_args()
+    write_checkpoint(arguments.directory, SHAPES[arguments.shape])

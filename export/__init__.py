@@ -1,0 +1,1 @@
+"""A checkpoint in, a bundle out: sources, layout, quantizers, graphs, pipeline."""

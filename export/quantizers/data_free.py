@@ -1,0 +1,166 @@
+"""Quantizers that look at the weights alone.
+
+Each works on a block of rows at a time, computes its codes with the scale as it is stored, and
+returns the tensors of its format. Bounds, with ``scale`` as stored:
+
+    int8_channel, bnb_int8   |error| <= scale / 2
+    int_grouped              |error| <= scale / 2 where the weight lies in [-8.5, 7.5] scales, else
+                             the distance to the clipped code; a group's squared error is at most
+                             that of scale = absmax / 7
+    bnb_nf4                  |error| <= 0.152 * absmax of the block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped
+from lowmem.artifact.formats import bnb_nf4 as nf4_layout
+from lowmem.artifact.formats import int_grouped as grouped_layout
+from lowmem.artifact.tensors import RawTensor
+from lowmem.errors import BundleError
+
+# Blocks whose float32 temporaries stay in a core's cache are several times faster than large ones.
+_BLOCK_ELEMENTS = 2**17
+# A scale of absmax / 7 wastes code -8 and spends codes on the outlier; the best factor lies here.
+_FACTORS = tuple(float(factor) for factor in np.linspace(1.0, 0.55, 16))
+_SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
+
+
+def quantize(weight: Tensor, form: Format, place: str) -> dict[str, RawTensor]:
+    """Quantizes one linear.
+
+    Args:
+        weight: 16-bit ``(out_features, in_features)``; only a block of rows is widened at a time.
+        form: The format to give it.
+        place: The module's name, for messages.
+
+    Returns:
+        The format's tensors, by suffix, without its constants.
+
+    Raises:
+        BundleError: The weight holds NaN or infinity, or a shape or scale that the format cannot
+            hold.
+    """
+    if isinstance(form, Int8Channel):
+        return _by_rows(weight, int8_channel, place)
+    if isinstance(form, BnbInt8):
+        return _by_rows(weight, bnb_int8, place)
+    if isinstance(form, IntGrouped):
+        if weight.shape[1] % form.group_size:
+            raise BundleError(
+                f"group_size must divide in_features, got group_size={form.group_size} and "
+                f"in_features={weight.shape[1]} ({place})"
+            )
+        bits, size = form.bits, form.group_size
+        return _by_rows(weight, lambda block: int_grouped(block, bits, size), place)
+    if isinstance(form, BnbNf4):
+        if weight.shape[1] % form.group_size:
+            raise BundleError(
+                f"NF4 needs in_features divisible by {form.group_size}, got {weight.shape[1]} "
+                f"({place})"
+            )
+        size = form.group_size
+        return _by_rows(weight, lambda block: bnb_nf4(block, size), place)
+    raise AssertionError(form)
+
+
+def int8_channel(weight: Tensor) -> dict[str, RawTensor]:
+    """Codes -127…127 with scale = absmax / 127 of each row, in float32."""
+    codes, absmax = _row_codes(weight)
+    return {
+        "weight": RawTensor("I8", codes.numpy()),
+        "weight_scale": RawTensor("F32", (absmax / 127).numpy()),
+    }
+
+
+def bnb_int8(weight: Tensor) -> dict[str, RawTensor]:
+    """bitsandbytes' ``int8_vectorwise_quant`` without outliers."""
+    codes, absmax = _row_codes(weight)
+    return {
+        "weight": RawTensor("I8", codes.numpy()),
+        "SCB": RawTensor("F32", absmax[:, 0].numpy()),
+    }
+
+
+def int_grouped(weight: Tensor, bits: int, group_size: int) -> dict[str, RawTensor]:
+    """Codes with one positive float16 scale per group, each chosen by squared error.
+
+    The scales tried are absmax / 7 (for 4 bits) times factors from 1 down to 0.55.
+    """
+    groups = weight.unflatten(1, (-1, group_size))  # [rows, groups, group_size]
+    lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    largest = groups.abs().amax(-1, keepdim=True) / highest
+    if bool((largest > torch.finfo(torch.float16).max).any()):
+        raise BundleError("a group's scale must fit float16")
+    best_scales = torch.ones_like(largest)
+    best_error = torch.full_like(largest, torch.inf)
+    work = torch.empty_like(groups)
+    for factor in _FACTORS:
+        scales = (largest * factor).half().float().clamp_min_(_SMALLEST_SCALE)
+        torch.div(groups, scales, out=work).round_().clamp_(lowest, highest)
+        error = work.mul_(scales).sub_(groups).square_().sum(-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scales = torch.where(better, scales, best_scales)
+    best_codes = torch.div(groups, best_scales, out=work).round_().clamp_(lowest, highest)
+    packed = grouped_layout.pack(best_codes.flatten(1).to(torch.int8).numpy(), bits)
+    return {
+        "weight_packed": RawTensor("I32", packed),
+        "weight_scale": RawTensor("F16", best_scales[..., 0].half().numpy()),
+    }
+
+
+def bnb_nf4(weight: Tensor, group_size: int) -> dict[str, RawTensor]:
+    """The nearest of 16 normal-float values, per block of the flattened rows."""
+    blocks = weight.reshape(-1, group_size)
+    absmax = blocks.abs().amax(-1)
+    scaled = blocks / torch.where(absmax > 0, absmax, torch.ones_like(absmax))[:, None]
+    book = torch.from_numpy(nf4_layout.CODE_BOOK)
+    codes = torch.bucketize(scaled, (book[1:] + book[:-1]) / 2).to(torch.uint8)
+    return {
+        "weight": RawTensor("U8", nf4_layout.pack(codes.numpy())),
+        "weight.absmax": RawTensor("F32", absmax.numpy()),
+    }
+
+
+def _row_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    absmax = weight.abs().amax(dim=1, keepdim=True)
+    scales = torch.where(absmax > 0, absmax, torch.ones_like(absmax)) / 127
+    return (weight / scales).round_().clamp_(-127, 127).to(torch.int8), absmax
+
+
+def _by_rows(
+    weight: Tensor, quantize_block: Callable[[Tensor], dict[str, RawTensor]], place: str
+) -> dict[str, RawTensor]:
+    """Quantizes blocks of rows, each on one thread.
+
+    Blocks are too small for torch to divide among threads: its barriers would cost more than the
+    work, and many times more while another process computes.
+    """
+
+    def one(begin: int) -> dict[str, RawTensor]:
+        block = weight[begin : begin + rows].float()
+        if not bool(torch.isfinite(block).all()):
+            raise BundleError(f"a weight must be finite, got NaN or infinity ({place})")
+        try:
+            return quantize_block(block)
+        except BundleError as error:
+            raise BundleError(f"{error} ({place})") from None
+
+    rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(one, range(0, weight.shape[0], rows)))
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        suffix: RawTensor(first.dtype, np.concatenate([part[suffix].array for part in parts]))
+        for suffix, first in parts[0].items()
+    }

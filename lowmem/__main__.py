@@ -1,0 +1,5 @@
+"""``python -m lowmem``."""
+
+from lowmem.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What lies on disk: config, contract, formats, manifest, tensors, verdicts."""

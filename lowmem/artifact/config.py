@@ -1,0 +1,286 @@
+"""A model's shape, read strictly from ``config.json``.
+
+Every key is either part of the maths (read here), must hold its neutral value (refused by name
+otherwise), is known to be inert, or is an error: a key that nobody looked at may be the one that
+makes every vector wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.errors import BundleError
+
+ARCHITECTURES = {
+    "llama": ("LlamaModel", "LlamaForCausalLM"),
+    "mistral": ("MistralModel", "MistralForCausalLM"),
+}
+
+# Keys that change the maths, with the values under which they do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "rope_scaling": (None,),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "hidden_act": ("silu",),
+    "use_bidirectional_attention": (False, None),
+    "is_causal": (True, None),
+    "pretraining_tp": (1, None),
+    "is_decoder": (False, True, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
+}
+
+_INERT = frozenset(
+    """_name_or_path architectures attention_dropout bos_token_id eos_token_id pad_token_id
+    unk_token_id sep_token_id decoder_start_token_id dtype torch_dtype initializer_range
+    transformers_version use_cache tie_word_embeddings tie_encoder_decoder is_llama_config
+    is_encoder_decoder return_dict output_attentions output_hidden_states torchscript
+    use_bfloat16 tf_legacy_loss finetuning_task id2label label2id tokenizer_class prefix
+    task_specific_params problem_type chunk_size_feed_forward transformers.js_config
+    _attn_implementation_autoset model_type_original license""".split()
+)
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_MAX_SIZE = 2**31
+_MOST_LAYERS = 1024
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one decoder of the Llama and Mistral family; names are Hugging Face's.
+
+    ``sliding_window`` is kept only to bound the sequence length: no text is ever longer, so the
+    window never acts. ``bias`` does not exist in this family as supported here.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    sliding_window: int | None
+
+    @property
+    def query_size(self) -> int:
+        """Features of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Features of all key (or value) heads together."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens up to which neither the positions nor the sliding window act as a limit."""
+        return min(self.max_position_embeddings, self.sliding_window or _MAX_SIZE)
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linears of one layer, in execution order.
+
+        Returns:
+            Module name within the layer, such as ``self_attn.q_proj``, to
+            ``(out_features, in_features)``.
+        """
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return {
+            "self_attn.q_proj": (self.query_size, hidden),
+            "self_attn.k_proj": (self.key_value_size, hidden),
+            "self_attn.v_proj": (self.key_value_size, hidden),
+            "self_attn.o_proj": (hidden, self.query_size),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all linears of all layers, in numbers (not bytes)."""
+        layer = sum(rows * columns for rows, columns in self.linears().values())
+        return layer * self.num_hidden_layers
+
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def parse_config(value: dict[str, Any], place: str) -> ModelConfig:
+    """Reads a model's shape from the object in ``config.json``.
+
+    Args:
+        value: The parsed object. ``quantization_config`` is not looked at here.
+        place: The file's name, for messages.
+
+    Raises:
+        BundleError: The architecture is unknown, a key is missing or of a wrong kind, a key that
+            changes the maths has a value that is not supported, or a key is unknown. All problems
+            are listed at once.
+    """
+    model_type = value.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise BundleError(f"model_type must be one of {known}, got {model_type!r} ({place})")
+    problems: list[str] = []
+    architectures = value.get("architectures") or []
+    if not isinstance(architectures, list) or any(
+        name not in ARCHITECTURES[model_type] for name in architectures
+    ):
+        problems.append(
+            f"architectures must be among {list(ARCHITECTURES[model_type])}, got {architectures!r}"
+        )
+
+    numbers: dict[str, int] = {}
+    for key in _SIZES:
+        numbers[key] = _size(value, key, problems)
+    numbers["num_key_value_heads"] = _size(
+        value, "num_key_value_heads", problems, default=numbers["num_attention_heads"]
+    )
+    heads = max(numbers["num_attention_heads"], 1)
+    numbers["head_dim"] = _size(
+        value, "head_dim", problems, default=numbers["hidden_size"] // heads
+    )
+    numbers["max_position_embeddings"] = _size(value, "max_position_embeddings", problems)
+    window = value.get("sliding_window")
+    if window is not None:
+        window = _size(value, "sliding_window", problems)
+    if numbers["num_attention_heads"] % max(numbers["num_key_value_heads"], 1):
+        problems.append(
+            "num_key_value_heads must divide num_attention_heads, got "
+            f"{numbers['num_key_value_heads']} and {numbers['num_attention_heads']}"
+        )
+    if numbers["head_dim"] < 2 or numbers["head_dim"] % 2:
+        problems.append(f"head_dim must be even and positive, got {numbers['head_dim']}")
+    if numbers["num_hidden_layers"] > _MOST_LAYERS:
+        problems.append(
+            f"num_hidden_layers must be at most {_MOST_LAYERS}, got {numbers['num_hidden_layers']}"
+        )
+    eps = _number(value, "rms_norm_eps", problems)
+    theta = _rope_theta(value, problems)
+    _refuse_other_maths(value, problems)
+
+    if problems:
+        raise BundleError(f"{place} cannot be served: " + "; ".join(problems))
+    return ModelConfig(
+        model_type=model_type,
+        rms_norm_eps=eps,
+        rope_theta=theta,
+        sliding_window=window,
+        **numbers,
+    )
+
+
+def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The object that is written as ``config.json`` of a variant, without its quantization.
+
+    Theta stands under both of its names: older readers know only ``rope_theta``, newer ones
+    prefer ``rope_parameters``.
+
+    Args:
+        config: The model's shape.
+        dtype: ``float16`` or ``bfloat16``: what the unquantized tensors are stored in.
+    """
+    value: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[config.model_type][0]],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": config.max_position_embeddings,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if config.model_type == "mistral":
+        value["sliding_window"] = config.sliding_window
+    else:
+        value["attention_bias"] = False
+        value["mlp_bias"] = False
+    return value
+
+
+def _size(value: dict[str, Any], key: str, problems: list[str], default: int | None = None) -> int:
+    number = value.get(key)
+    if number is None and default is not None:
+        return default
+    if type(number) is not int or not 0 < number < _MAX_SIZE:
+        problems.append(f"{key} must be a positive integer below 2^31, got {number!r}")
+        return 1
+    return number
+
+
+def _number(value: dict[str, Any], key: str, problems: list[str]) -> float:
+    number: Any = value.get(key)
+    if type(number) not in (int, float) or not math.isfinite(number) or number <= 0:
+        problems.append(f"{key} must be a positive number, got {number!r}")
+        return 1.0
+    return float(number)
+
+
+def _rope_theta(value: dict[str, Any], problems: list[str]) -> float:
+    """Theta from either of its two homes; neither, or two that disagree, is an error."""
+    found: dict[str, float] = {}
+    if "rope_theta" in value:
+        found["rope_theta"] = _number(value, "rope_theta", problems)
+    parameters = value.get("rope_parameters")
+    if parameters is not None:
+        if not isinstance(parameters, dict) or set(parameters) - {"rope_type", "rope_theta"}:
+            problems.append(
+                f"rope_parameters may hold rope_type and rope_theta only, got {parameters!r}"
+            )
+        elif parameters.get("rope_type", "default") != "default":
+            problems.append(f"rope_type must be 'default', got {parameters['rope_type']!r}")
+        elif "rope_theta" in parameters:
+            found["rope_parameters"] = _number(parameters, "rope_theta", problems)
+    if not found:
+        problems.append(
+            "rope_theta is missing: it stands neither at the top nor in rope_parameters"
+        )
+        return 1.0
+    if len(set(found.values())) > 1:
+        problems.append(f"rope_theta and rope_parameters disagree: {found}")
+    return next(iter(found.values()))
+
+
+def _refuse_other_maths(value: dict[str, Any], problems: list[str]) -> None:
+    read = {
+        *ModelConfig.__dataclass_fields__,
+        "rope_parameters",
+        "layer_types",
+        "quantization_config",
+    }
+    for key, got in value.items():
+        if key in _NEUTRAL:
+            if not any(type(got) is type(neutral) and got == neutral for neutral in _NEUTRAL[key]):
+                problems.append(f"{key}={got!r} changes the maths and is not supported")
+        elif key == "layer_types":
+            kinds = got if isinstance(got, list) else [got]
+            if got is not None and any(kind != "full_attention" for kind in kinds):
+                problems.append("layer_types other than full_attention changes the maths")
+        elif key not in read and key not in _INERT:
+            problems.append(f"unknown key {key!r}, which may change the maths")

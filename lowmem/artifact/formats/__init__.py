@@ -1,0 +1,28 @@
+"""How one linear is stored: tensor names, shapes, dtypes, and the way back to float32.
+
+Both stages use the same module for a format: export packs with it, the runtime unpacks. The
+maths here is plain numpy, the reference that every faster path is tested against. Which module
+has which format is read from the variant's ``config.json`` and from nowhere else.
+"""
+
+from __future__ import annotations
+
+from lowmem.artifact.formats.bnb_int8 import BnbInt8
+from lowmem.artifact.formats.bnb_nf4 import BnbNf4
+from lowmem.artifact.formats.int8_channel import Int8Channel
+from lowmem.artifact.formats.int_grouped import IntGrouped
+from lowmem.artifact.formats.plain import Plain
+from lowmem.artifact.formats.stanza import quantization_config, read_formats
+
+Format = Plain | Int8Channel | IntGrouped | BnbInt8 | BnbNf4
+
+__all__ = [
+    "BnbInt8",
+    "BnbNf4",
+    "Format",
+    "Int8Channel",
+    "IntGrouped",
+    "Plain",
+    "quantization_config",
+    "read_formats",
+]

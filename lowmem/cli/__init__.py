@@ -1,0 +1,41 @@
+"""The command line: one verb, one file. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import typer
+
+from lowmem.cli import embed, export, info, plan, report
+from lowmem.errors import LowmemError
+
+app = typer.Typer(
+    name="lowmem",
+    help="Embeddings of a 7B model on your own machine, and what quantization did to them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("export")(export.export)
+app.command("info")(info.info)
+app.command("plan")(plan.plan)
+app.command("report")(report.report)
+app.command("embed")(embed.embed)
+
+
+def main() -> None:
+    """Runs the command line: exit status 0 done, 1 error, 2 usage, 3 below the floor."""
+    logging.basicConfig(format="lowmem: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        app()
+    except LowmemError as error:
+        text = " ".join(str(error).split())
+        sys.stderr.write(f"lowmem: error: {text}\n")
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        # Whoever reads our output has gone; Python would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -1,0 +1,118 @@
+"""``lowmem export``: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem.artifact.contract import Contract, read_contract
+from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.variants import VARIANTS
+from lowmem.cli.options import size_text
+from lowmem.errors import InputError, missing_extra
+from lowmem.progress import bar
+
+
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A Hugging Face model directory, or a .gguf file.", show_default=False),
+    ],
+    bundle: Annotated[Path, typer.Argument(help="Where to write.", show_default=False)],
+    variants: Annotated[
+        str, typer.Option(help="Names with commas between, of those in the default.")
+    ] = ",".join(VARIANTS),
+    calibration: Annotated[
+        str, typer.Option(help="none: weights alone decide the codes.")
+    ] = "none",
+    contract: Annotated[
+        Path | None, typer.Option(help="JSON file with the model's input contract.")
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write ONNX graphs.")] = True,
+    reference_texts: Annotated[
+        str, typer.Option(help="probe, quick, none, or auto: probe unless it is slow here.")
+    ] = "auto",
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the source's files instead of linking them.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace variants that were made otherwise.")
+    ] = False,
+) -> None:
+    """Write a bundle from a checkpoint, or add variants to one."""
+    if find_spec("onnx_ir") is None and onnx:
+        raise missing_extra("onnx_ir", "export", "writing ONNX graphs")
+    if calibration != "none":
+        raise InputError(f"calibration must be none in this version, got {calibration!r}")
+    if reference_texts not in ("auto", "probe", "quick", "none"):
+        raise InputError(
+            f"reference-texts must be auto, probe, quick or none, got {reference_texts!r}"
+        )
+    names = [name.strip() for name in variants.split(",") if name.strip()]
+    from export.pipeline import export as run
+    from export.sources import open_source
+
+    opened = open_source(source)
+    run(
+        opened,
+        bundle,
+        _contract(contract, opened.name),
+        variants=names,
+        onnx=onnx,
+        copy=copy,
+        force=force,
+        progress=_show,
+    )
+    result = Bundle(bundle)
+    _write_reference(result, reference_texts)
+    for name in sorted(result.manifest.variants):
+        variant = result.variant(name)
+        typer.echo(
+            f"{name:<9} {variant.bits_per_weight['linears']:6.3f} bits/weight  "
+            f"{size_text(variant.stored_bytes)}"
+        )
+
+
+def _contract(path: Path | None, source: str) -> Contract:
+    if path is None:
+        raise InputError(
+            f"the input contract of {source} is not known: give --contract FILE, a JSON object "
+            "with templates, special tokens, pooling and length limit (README, 'Input contract')"
+        )
+    return read_contract(path)
+
+
+def _show(what: str, done: int, total: int) -> None:
+    line = f"{what}: {done} of {total}"
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{line}" if done < total - 1 else "\r\033[K")
+    elif done == 0:
+        sys.stderr.write(f"{what}: {total} steps\n")
+    sys.stderr.flush()
+
+
+def _write_reference(bundle: Bundle, texts: str) -> None:
+    """Makes the reference vectors, unless the bundle has those that are wanted."""
+    from lowmem import data, hardware
+    from lowmem.artifact.weights import Checkpoint
+    from lowmem.errors import BundleError
+    from lowmem.fidelity import reference
+
+    if texts == "none" or "fp16" not in bundle.manifest.variants:
+        return
+    if texts == "auto":
+        texts = reference.built_in_texts(Checkpoint(bundle.directory("fp16")).config)
+    try:
+        known = reference.stored(bundle)
+    except BundleError:  # of another export, or damaged: made again below
+        known = None
+    if known is not None and known.name == texts:
+        return
+    rows = data.load(texts)
+    with bar(f"reference vectors of {len(rows)} texts", len(rows)) as advance:
+        made = reference.compute(bundle, texts, rows, hardware.probe().cpu_threads, advance)
+    reference.write(bundle, made)

@@ -1,0 +1,26 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_default=False)]
+Variant = Annotated[str, typer.Option(help="fp16, int8, int4, bnb-int8, bnb-nf4, or auto.")]
+Engine = Annotated[str, typer.Option(help="torch, onnxruntime, or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Compute = Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, or auto.")]
+Schedule = Annotated[str, typer.Option(help="resident, streamed, or auto.")]
+Floor = Annotated[str, typer.Option(help="strict, standard, loose, or mean=…,p5=…,min=….")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,121 @@
+"""``lowmem plan``: what could run here, what each plan needs, and which one would be chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowmem import hardware
+from lowmem.artifact import strict_json
+from lowmem.artifact.manifest import MANIFEST, Bundle
+from lowmem.artifact.tensors import some_names
+from lowmem.artifact.verdict import parse_floor
+from lowmem.cli import options
+from lowmem.compute.plan import Plan
+from lowmem.hardware import Hardware
+from lowmem.planner.candidates import Subject, Wishes, candidates
+from lowmem.planner.choice import Choice, choose
+
+
+def plan(
+    subject: Annotated[
+        Path,
+        typer.Argument(metavar="BUNDLE|SOURCE", help="A bundle, or a checkpoint's directory."),
+    ],
+    card: Annotated[
+        Path | None, typer.Option(help="JSON description of another machine; nothing is timed.")
+    ] = None,
+    as_json: options.Json = False,
+    variant: options.Variant = "auto",
+    engine: options.Engine = "auto",
+    device: options.Device = "auto",
+    compute: options.Compute = "auto",
+    schedule: options.Schedule = "auto",
+    floor: options.Floor = "standard",
+) -> None:
+    """Show every plan: memory, speed, fidelity, why dropped, which is chosen."""
+    wishes = Wishes(variant, engine, device, compute, schedule)
+    machine = hardware.probe() if card is None else _described(card)
+    if card is not None or not (subject / MANIFEST).exists():
+        choice = _untimed(subject, machine, wishes)
+    else:
+        choice = choose(
+            Bundle(subject),
+            wishes=wishes,
+            floor=parse_floor(floor),
+            machine=machine,
+            time_all=True,
+            on_plan=lambda timed: typer.echo(f"timing {timed.id}", err=True),
+        )
+    if as_json:
+        typer.echo(json.dumps(to_json(choice), indent=2))
+        return
+    typer.echo(table(choice))
+
+
+def to_json(choice: Choice) -> dict[str, Any]:
+    """The documented form; see ``schemas/plan.schema.json``."""
+    return {
+        "format": 1,
+        "machine": choice.machine.to_json(),
+        "chosen": None if choice.chosen is None else choice.chosen.id,
+        "reason": choice.reason,
+        "plans": [plan.to_json() for plan in choice.plans],
+    }
+
+
+def table(choice: Choice) -> str:
+    """The plans as text, at most 80 columns wide but for reasons."""
+    machine = choice.machine
+    lines = [
+        f"{machine.cpu_name}, {machine.cpu_threads} threads, "
+        f"{options.size_text(machine.host_free_bytes)} free",
+        *(
+            f"{gpu.name}, {options.size_text(gpu.free_bytes)} of "
+            f"{options.size_text(gpu.total_bytes)} free"
+            for gpu in machine.gpus
+        ),
+        "",
+        "  variant   engine      device compute schedule     memory  tokens/s  fidelity",
+    ]
+    lines += [_row(plan, choice) for plan in choice.plans if plan.dropped is None]
+    dropped = [plan for plan in choice.plans if plan.dropped is not None]
+    if dropped:
+        lines += ["", "dropped"]
+        reasons: dict[str, list[str]] = {}
+        for plan in dropped:
+            reasons.setdefault(plan.dropped or "", []).append(plan.id)
+        for reason, ids in reasons.items():
+            lines.append(f"  {reason}:\n    {some_names(ids, 2)}")
+    chosen = choice.chosen.id if choice.chosen else "none"
+    lines += ["", f"chosen: {chosen}", f"  {choice.reason}"]
+    if choice.warning:
+        lines.append(f"  warning: {choice.warning}")
+    return "\n".join(lines)
+
+
+def _row(plan: Plan, choice: Choice) -> str:
+    mark = ">" if choice.chosen is not None and plan.id == choice.chosen.id else " "
+    speed = f"{plan.tokens_per_second:.0f}" if plan.tokens_per_second else "-"
+    memory = options.size_text(plan.device_bytes if plan.device == "cuda" else plan.host_bytes)
+    return (
+        f"{mark} {plan.variant:<9} {plan.engine:<11} {plan.device:<6} {plan.compute:<7} "
+        f"{plan.schedule:<9} {memory:>9} {speed:>9}  {plan.fidelity}"
+    )
+
+
+def _described(path: Path) -> Hardware:
+    return Hardware.from_json(strict_json.read_object(path), str(path))
+
+
+def _untimed(subject: Path, machine: Hardware, wishes: Wishes) -> Choice:
+    """Plans for what is not here, or not exported: memory alone, nothing measured."""
+    is_bundle = (subject / MANIFEST).exists()
+    found = Subject.of_bundle(Bundle(subject)) if is_bundle else Subject.of_checkpoint(subject)
+    plans = candidates(found, machine, wishes)
+    ordered = tuple(sorted(plans, key=lambda plan: (plan.dropped is not None, plan.id)))
+    why = "nothing was timed: the machine is described" if is_bundle else "nothing is exported yet"
+    return Choice(machine, ordered, None, why)

@@ -1,0 +1,192 @@
+"""A plan becomes an engine, and texts become vectors through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowmem.artifact import stock_files
+from lowmem.artifact.contract import Contract
+from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.weights import Checkpoint
+from lowmem.compute.plan import Plan
+from lowmem.errors import BackendError, InputError
+from lowmem.text.batching import EncodedText, PackedBatch, duplicates, pack
+from lowmem.text.tokenizer import Tokenizer
+
+Vectors = NDArray[np.float32]
+_WINDOW_BATCHES = 8
+_MOST_NAMED = 10
+# A prefix this short costs more to copy before every text than it saves.
+_SHORTEST_PREFIX = 8
+
+
+class Engine(Protocol):
+    """What runs a plan."""
+
+    def embed(self, batches: Sequence[PackedBatch]) -> list[Vectors]:
+        """Pooled vectors of each batch, float32 ``[texts, hidden_size]``."""
+
+
+class Runner:
+    """A loaded plan: tokenizer, engine and contract together.
+
+    Attributes:
+        plan: What runs.
+        contract: The bundle's input contract.
+        tokenizer: Text to ids.
+        hidden_size: Length of a vector.
+        normalizes: Whether the engine itself gives unit vectors.
+    """
+
+    def __init__(self, bundle: Bundle, plan: Plan) -> None:
+        """Checks the variant's files and loads them.
+
+        Raises:
+            BundleError: A file is not the one that was exported.
+            BackendError: The engine, its library or its device is missing.
+            CapacityError: The weights do not fit.
+            InputError: The variant has no graph for this compute.
+        """
+        bundle.check(plan.variant)
+        directory = bundle.directory(plan.variant)
+        checkpoint = Checkpoint(directory)
+        stock_files.check(directory, checkpoint.config, bundle.contract)
+        self.plan = plan
+        self.contract = bundle.contract
+        self.tokenizer = Tokenizer(
+            directory / "tokenizer.json", bundle.contract, checkpoint.config.vocab_size
+        )
+        self.hidden_size = checkpoint.config.hidden_size
+        self.normalizes = plan.engine == "onnxruntime" and bundle.contract.normalize_embeddings
+        self._engine = _open_engine(bundle, checkpoint, plan)
+
+    def embed(
+        self,
+        texts: Sequence[EncodedText],
+        *,
+        normalize: bool,
+        batch_size: int | None = None,
+        must_be_finite: bool = True,
+        on_texts: Callable[[int], None] = lambda texts: None,
+    ) -> Vectors:
+        """Vectors of tokenized texts.
+
+        Args:
+            texts: The texts; equal ones are computed once.
+            normalize: Whether vectors get unit length.
+            batch_size: Most texts of a pass, or None for the token budget alone.
+            must_be_finite: Whether NaN or infinity is an error, as it is for every caller but one
+                that counts such vectors.
+            on_texts: Told how many of the texts have just been finished.
+
+        Returns:
+            float32 ``[texts, hidden_size]``, in the order given.
+
+        Raises:
+            BackendError: A vector is not finite.
+            InputError: Unnormalised vectors of a graph that normalises.
+        """
+        if not normalize and self.normalizes:
+            raise InputError(
+                f"the plan {self.plan.id} normalises inside its graph: normalize_embeddings=False "
+                "needs a torch plan"
+            )
+        vectors = np.zeros((len(texts), self.hidden_size), np.float32)
+        if not texts:
+            return vectors
+        first_rows = duplicates(texts)
+        batches = pack(
+            texts,
+            self.plan.batch_tokens,
+            batch_size=batch_size,
+            pooling=self.contract.pooling,
+            shortest_prefix=shortest_prefix(self.plan, self.contract),
+        )
+        copies = np.bincount(first_rows, minlength=len(texts))
+        for window in self._windows(batches):
+            for batch, embedded in zip(window, self._engine.embed(window), strict=True):
+                vectors[batch.rows] = embedded
+            on_texts(sum(int(copies[batch.rows].sum()) for batch in window))
+        repeated = np.flatnonzero(first_rows != np.arange(len(texts)))
+        vectors[repeated] = vectors[first_rows[repeated]]
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if must_be_finite and len(broken):
+            more = f" and {len(broken) - _MOST_NAMED} more" if len(broken) > _MOST_NAMED else ""
+            raise BackendError(
+                f"the plan {self.plan.id} gave vectors that are not finite, for texts "
+                f"{', '.join(map(str, broken[:_MOST_NAMED]))}{more}: choose another compute"
+            )
+        return unit_length(vectors) if normalize and not self.normalizes else vectors
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """Most CUDA memory that torch has held; 0 on a CPU, and where onnxruntime keeps it."""
+        if self.plan.device != "cuda" or self.plan.engine != "torch":
+            return 0
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+
+    def _windows(self, batches: Sequence[PackedBatch]) -> list[list[PackedBatch]]:
+        """Batches that the engine gets at once: as many as share a reading of the weights."""
+        windows: list[list[PackedBatch]] = []
+        tokens = 0
+        for batch in batches:
+            tokens += batch.tokens
+            if self.plan.schedule == "streamed":
+                is_full = tokens > self.plan.window_tokens
+            else:
+                is_full = bool(windows) and len(windows[-1]) == _WINDOW_BATCHES
+            if is_full or not windows:
+                windows.append([])
+                tokens = batch.tokens
+            windows[-1].append(batch)
+        return windows
+
+
+def unit_length(vectors: Vectors) -> Vectors:
+    """Divides each row by its Euclidean length, taken in float64; a zero row stays zero."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+    unit: Vectors = vectors / np.where(lengths > 0, lengths, 1.0).astype(np.float32)[:, None]
+    return unit
+
+
+def shortest_prefix(plan: Plan, contract: Contract) -> int | None:
+    """Fewest tokens of a prefix that a plan computes apart, or None where it computes none apart.
+
+    A prefix may see no later token and not be pooled. Where activations are rounded every prefix
+    counts, since its own are kept exact, and BOS carries the largest of all.
+    """
+    if plan.engine != "torch" or not contract.is_causal or contract.pooling != "lasttoken":
+        return None
+    return 1 if plan.compute == "int8" else _SHORTEST_PREFIX
+
+
+def _open_engine(bundle: Bundle, checkpoint: Checkpoint, plan: Plan) -> Engine:
+    if plan.engine == "torch":
+        from lowmem.compute.torch_engine import TorchEngine
+
+        return TorchEngine(
+            checkpoint,
+            bundle.contract,
+            device=plan.device,
+            compute=plan.compute,
+            schedule=plan.schedule,
+            threads=plan.threads,
+        )
+    from lowmem.compute.onnx_engine import OnnxEngine
+
+    graphs = bundle.variant(plan.variant).graphs
+    graph = next((file for file, compute in graphs.items() if compute == plan.compute), None)
+    if graph is None:
+        raise InputError(
+            f"{plan.variant} has no graph for compute {plan.compute}: it has {graphs} "
+            f"({bundle.path})"
+        )
+    return OnnxEngine(
+        checkpoint.directory, graph, bundle.contract, plan.device, threads=plan.threads
+    )

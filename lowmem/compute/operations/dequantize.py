@@ -1,0 +1,107 @@
+"""Stored codes to a weight in the dtype that is computed in, a block of rows at a time.
+
+The formats' own numpy forms are the reference. On a CPU each block is one thread's: its few passes
+stay in that core's cache, and torch's own division of such small work would spend more on barriers
+than on the work, and far more while another process computes.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowmem.artifact.formats import BnbInt8, BnbNf4, Int8Channel, IntGrouped, Plain
+from lowmem.artifact.formats.bnb_nf4 import CODE_BOOK
+from lowmem.compute.operations.linear import Linear
+
+_BLOCK_ELEMENTS = 2**18
+
+
+def dequantize_into(weight: Tensor, linear: Linear) -> None:
+    """Writes a linear's weight.
+
+    Args:
+        weight: Where to, ``(out_features, in_features)`` in a floating dtype, contiguous.
+        linear: The linear, on the same device.
+    """
+    if isinstance(linear.format, Plain):
+        weight.copy_(linear.tensors["weight"])
+        return
+    if weight.device.type != "cpu":
+        _dequantize_rows(weight, linear, 0, linear.out_features)
+        return
+    rows = max(1, _BLOCK_ELEMENTS // linear.in_features)
+
+    def one(begin: int) -> None:
+        with torch.inference_mode():
+            end = min(begin + rows, linear.out_features)
+            _dequantize_rows(weight[begin:end], linear, begin, end)
+
+    threads = torch.get_num_threads()
+    # Each block is one task; list() waits for all and raises what any of them raised.
+    list(_pool(threads).map(one, range(0, linear.out_features, rows)))
+    # What a thread of the pool sets for itself is also the default of all threads to come.
+    torch.set_num_threads(threads)
+
+
+def _dequantize_rows(block: Tensor, linear: Linear, begin: int, end: int) -> None:
+    """Writes rows of a weight; scales are applied in float32, so that it is rounded once."""
+    if block.dtype != torch.float32:
+        wide = torch.empty_like(block, dtype=torch.float32)
+        _dequantize_rows(wide, linear, begin, end)
+        block.copy_(wide)
+        return
+    form, tensors = linear.format, linear.tensors
+    if isinstance(form, Int8Channel):
+        torch.mul(tensors["weight"][begin:end], tensors["weight_scale"][begin:end], out=block)
+    elif isinstance(form, BnbInt8):
+        scales = tensors["SCB"][begin:end, None] / 127
+        torch.mul(tensors["weight"][begin:end], scales, out=block)
+    elif isinstance(form, IntGrouped):
+        packed = tensors["weight_packed"][begin:end].view(torch.uint8)
+        if form.bits == 4:
+            _look_up(block, packed, _int4_pairs(block.device))
+        else:
+            block.copy_(packed).sub_(1 << (form.bits - 1))  # uint8 arithmetic would wrap
+        scales = tensors["weight_scale"][begin:end, :, None].float()
+        block.unflatten(-1, (-1, form.group_size)).mul_(scales)
+    elif isinstance(form, BnbNf4):
+        first, last = begin * linear.in_features, end * linear.in_features
+        _look_up(block, tensors["weight"][first // 2 : last // 2], _nf4_pairs(block.device))
+        scales = tensors["weight.absmax"][first // form.group_size : last // form.group_size]
+        block.view(-1, form.group_size).mul_(scales[:, None])
+    else:
+        raise AssertionError(form)
+
+
+def _look_up(block: Tensor, packed: Tensor, pairs: Tensor) -> None:
+    """Writes both values of each byte; a pair of float32 moves as one float64."""
+    torch.index_select(pairs, 0, packed.reshape(-1).int(), out=block.view(torch.float64).view(-1))
+
+
+@cache
+def _int4_pairs(device: torch.device) -> Tensor:
+    """Both codes of every byte, the low nibble first, as pairs of float32 in ``[256]`` float64."""
+    byte = torch.arange(256)
+    return _as_pairs((byte & 15) - 8, (byte >> 4) - 8, device)
+
+
+@cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """Both values of every byte, the high nibble first, as pairs of float32 in ``[256]``."""
+    book, byte = torch.from_numpy(CODE_BOOK), torch.arange(256)
+    return _as_pairs(book[byte >> 4], book[byte & 15], device)
+
+
+def _as_pairs(first: Tensor, second: Tensor, device: torch.device) -> Tensor:
+    pairs = torch.stack([first.float(), second.float()], dim=-1).view(torch.float64)
+    return pairs[:, 0].contiguous().to(device)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that each compute alone."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))

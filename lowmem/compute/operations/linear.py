@@ -1,0 +1,42 @@
+"""A linear on its device: a format with that format's tensors in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem.artifact.formats import Format, Int8Channel
+from lowmem.artifact.tensors import RawTensor
+from lowmem.artifact.weights import LinearWeights
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear without bias; ``tensors`` are its format's, by suffix."""
+
+    format: Format
+    out_features: int
+    in_features: int
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def load(cls, weights: LinearWeights, device: str) -> Linear:
+        """Brings the stored tensors to a device; on a CPU they stay where they are mapped."""
+        tensors = {name: to_torch(raw, device) for name, raw in weights.tensors.items()}
+        return cls(weights.format, weights.out_features, weights.in_features, tensors)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether 8-bit compute may round this linear's inputs."""
+        return not isinstance(self.format, Int8Channel) or self.format.rounds_activations
+
+
+def to_torch(raw: RawTensor, device: str) -> Tensor:
+    """The same bytes as a torch tensor; a view of the array where the device is the CPU."""
+    tensor = torch.from_numpy(raw.array)
+    if raw.dtype == "BF16":
+        tensor = tensor.view(torch.bfloat16)
+    return tensor if device == "cpu" else tensor.to(device)

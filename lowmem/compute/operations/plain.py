@@ -1,0 +1,132 @@
+"""The plain torch form of the four operations: right on every device, for every format.
+
+A weight is dequantized a matrix at a time into one scratch that all linears share. 8-bit compute
+rounds activations per token and then takes an ordinary product, so that it is exact where fast
+8-bit kernels saturate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowmem.artifact.formats import Plain
+from lowmem.compute.attention import Spans, attend
+from lowmem.compute.decoder import rms_norm
+from lowmem.compute.operations.dequantize import dequantize_into
+from lowmem.compute.operations.linear import Linear
+
+PRODUCT_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.float32,
+}
+_ACTIVATION_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Inputs of a product, and what its rows must be multiplied by afterwards."""
+
+    states: Tensor
+    row_scales: Tensor | None
+
+
+class PlainOperations:
+    """The four operations in plain torch.
+
+    Attributes:
+        compute: A key of ``PRODUCT_DTYPES``.
+        dtype: What products are computed in.
+    """
+
+    def __init__(self, compute: str, rms_norm_eps: float) -> None:
+        """Chooses the arithmetic; allocates nothing yet."""
+        self.compute = compute
+        self.dtype = PRODUCT_DTYPES[compute]
+        self._eps = rms_norm_eps
+        self._scratch: Tensor | None = None
+
+    def norm_project(
+        self, hidden: Tensor, norm: Tensor, linears: Sequence[Linear], exact_rows: int
+    ) -> list[Tensor]:
+        """RMSNorm, then each linear, ``[tokens, out_features]`` in the product's dtype."""
+        inputs = self._inputs(rms_norm(hidden, norm, self._eps), linears, exact_rows)
+        return [self._product(inputs, linear) for linear in linears]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+        """Attention within each text, ``[queries, query size]``."""
+        return attend(query, key, value, spans)
+
+    def project_add(
+        self, mixed: Tensor, linear: Linear, residual: Tensor, exact_rows: int
+    ) -> Tensor:
+        """residual + linear(mixed), float32 ``[tokens, hidden]``."""
+        product = self._product(self._inputs(mixed, (linear,), exact_rows), linear)
+        return product.add_(residual) if product.dtype == residual.dtype else residual + product
+
+    def gated_mlp(
+        self,
+        hidden: Tensor,
+        norm: Tensor,
+        gate: Linear,
+        up: Linear,
+        down: Linear,
+        exact_rows: int,
+    ) -> Tensor:
+        """hidden + down(SiLU(gate(n)) * up(n)), n = RMSNorm(hidden), float32."""
+        gated, raised = self.norm_project(hidden, norm, (gate, up), exact_rows)
+        for begin in range(0, len(gated), _ACTIVATION_ROWS):
+            rows = slice(begin, begin + _ACTIVATION_ROWS)
+            gated[rows] = F.silu(gated[rows].float()).mul_(raised[rows])
+        del raised
+        return self.project_add(gated, down, hidden, exact_rows)
+
+    def _inputs(self, states: Tensor, linears: Sequence[Linear], exact_rows: int) -> Activations:
+        """What linears that share their inputs multiply; rounded only where each of them may be."""
+        if self.compute == "int8" and all(linear.rounds_activations for linear in linears):
+            codes, scales = round_rows(states.float())
+            if exact_rows:
+                codes[:exact_rows] = states[:exact_rows]
+                scales[:exact_rows] = 1.0
+            return Activations(codes, scales)
+        return Activations(states.to(self.dtype), None)
+
+    def _product(self, inputs: Activations, linear: Linear) -> Tensor:
+        result = F.linear(inputs.states, self._weight(linear))
+        return result if inputs.row_scales is None else result.mul_(inputs.row_scales)
+
+    def _weight(self, linear: Linear) -> Tensor:
+        """The weight ``(out_features, in_features)``, in the scratch unless it needs no change."""
+        stored = linear.tensors.get("weight")
+        if stored is not None and isinstance(linear.format, Plain) and stored.dtype == self.dtype:
+            return stored
+        size = linear.out_features * linear.in_features
+        device = next(iter(linear.tensors.values())).device
+        if self._scratch is None or self._scratch.numel() < size or self._scratch.device != device:
+            self._scratch = None
+            self._scratch = torch.empty(size, dtype=self.dtype, device=device)
+        weight = self._scratch[:size].view(linear.out_features, linear.in_features)
+        dequantize_into(weight, linear)
+        return weight
+
+
+def round_rows(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row to 8 bits: states ≈ codes * scales, error at most half a scale.
+
+    Args:
+        states: float32 ``[tokens, features]``.
+
+    Returns:
+        Whole numbers from -127 to 127 as float32 ``[tokens, features]``, and
+        scales = absolute maximum / 127, float32 ``[tokens, 1]``, never below the least normal
+        number.
+    """
+    scales = torch.linalg.vector_norm(states, torch.inf, dim=-1, keepdim=True).div_(127)
+    scales.clamp_min_(torch.finfo(scales.dtype).tiny)
+    return (states / scales).round_(), scales

@@ -1,0 +1,81 @@
+"""A plan: which variant runs where, how, and what is known of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+ENGINES = ("torch", "onnxruntime")
+DEVICES = ("cpu", "cuda")
+COMPUTES = ("fp32", "bf16", "fp16", "int8")
+SCHEDULES = ("resident", "streamed")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run a model on one machine.
+
+    Attributes:
+        variant: Stored form of the model.
+        engine: ``torch`` or ``onnxruntime``.
+        device: ``cpu`` or ``cuda``.
+        compute: Arithmetic of the linears.
+        schedule: ``resident`` or ``streamed``.
+        threads: CPU threads of the engine.
+        batch_tokens: Most tokens of a batch.
+        window_tokens: Most tokens that go through a layer before the next is brought in.
+        host_bytes: Predicted peak of anonymous and shared memory of the process.
+        device_bytes: Predicted peak of device memory, 0 on a CPU.
+        tokens_per_second: Measured on this machine, or None.
+        fidelity: ``verified``, ``failing`` or ``unverified``.
+        dropped: Why the plan cannot or need not run here, or None for a candidate.
+        reason: Why it was chosen, or was not, in words.
+    """
+
+    variant: str
+    engine: str
+    device: str
+    compute: str
+    schedule: str
+    threads: int = 1
+    batch_tokens: int = 4096
+    window_tokens: int = 4096
+    host_bytes: int = 0
+    device_bytes: int = 0
+    tokens_per_second: float | None = None
+    fidelity: str = "unverified"
+    dropped: str | None = None
+    reason: str = ""
+
+    @property
+    def id(self) -> str:
+        """``<variant>-<engine>-<device>-<compute>-<schedule>``."""
+        return f"{self.report_id}-{self.schedule}"
+
+    @property
+    def report_id(self) -> str:
+        """The id without the schedule, which does not change a vector."""
+        return f"{self.variant}-{self.engine}-{self.device}-{self.compute}"
+
+    def with_(self, **changes: Any) -> Plan:
+        """The same plan with some of its fields changed."""
+        return replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The form of ``lowmem plan --json``."""
+        return {
+            "id": self.id,
+            "variant": self.variant,
+            "engine": self.engine,
+            "device": self.device,
+            "compute": self.compute,
+            "schedule": self.schedule,
+            "threads": self.threads,
+            "batch_tokens": self.batch_tokens,
+            "window_tokens": self.window_tokens,
+            "state": "candidate" if self.dropped is None else "dropped",
+            "reason": self.dropped or self.reason,
+            "predicted": {"host_bytes": self.host_bytes, "device_bytes": self.device_bytes},
+            "tokens_per_second": self.tokens_per_second,
+            "fidelity": self.fidelity,
+        }

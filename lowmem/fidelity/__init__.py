@@ -1,0 +1,1 @@
+"""What quantization did to the embeddings: reference, figures, report and its page."""

@@ -1,0 +1,296 @@
+"""The page for people: a verdict in words, one table, two pictures, and what was not tested.
+
+It stands alone: no script, no font and no picture comes from elsewhere, and everything that comes
+from a bundle or a file is escaped. Plans are judged by their figures and the floor given here, as
+everywhere; the verdict that is stored in a report is not asked.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from importlib.util import find_spec
+from typing import Any
+
+from lowmem.artifact import verdict
+from lowmem.artifact.verdict import FIGURES, Floor
+from lowmem.errors import InputError, missing_extra
+from lowmem.fidelity import pictures
+from lowmem.fidelity.pictures import Series
+
+FIGURE_NAMES = {"mean": "mean", "p5": "5th percentile", "min": "worst text"}
+_TEMPLATE = "report.html.j2"
+_PLAN = re.compile(r"(.+)-(torch|onnxruntime)-(cpu|cuda)-(.+)", re.DOTALL)
+_NONE = "–"
+_GROUP_TEXTS = 3  # fewer are no group worth naming
+_SIGN_OFF_TEXTS = 100  # of fewer, the 5th percentile rests on fewer than five
+
+
+@dataclass(frozen=True)
+class ReportContext:
+    """What a page says besides the reports.
+
+    Attributes:
+        model: Name of the model.
+        licence: Its licence, or None where the source names none.
+        source_sha256: Identity of the checkpoint that was exported.
+        machine: What the plans ran on, in words.
+        texts: ``quick`` or ``probe`` for the built-in texts, else a file's name.
+        versions: Package to version.
+        floor: What a plan must reach.
+    """
+
+    model: str
+    licence: str | None
+    source_sha256: str
+    machine: str
+    texts: str
+    versions: Mapping[str, str]
+    floor: Floor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan as the table shows it; ``low`` names the figures that are below the floor."""
+
+    report: Mapping[str, Any]
+    variant: str
+    engine: str
+    device: str
+    compute: str
+    passes: bool
+    low: tuple[str, ...]
+
+    @property
+    def plan(self) -> str:
+        """The plan's id, without a schedule."""
+        return str(self.report["plan"])
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second, 0 where it was not measured."""
+        return float(self.report["tokens_per_second"] or 0.0)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Peak memory of the device that multiplies, or None where it was not measured."""
+        key = "peak_device_bytes" if self.device == "cuda" else "peak_host_bytes"
+        return self.report.get(key) or None
+
+    @property
+    def weakest(self) -> Mapping[str, Any] | None:
+        """The group of at least three texts with the least mean, or None where all are alike."""
+        whole = self.report["texts"]["count"]
+        groups = [one for one in self.report["buckets"] if _GROUP_TEXTS <= one["count"] < whole]
+        return min(groups, key=lambda one: one["mean"], default=None)
+
+
+def render(
+    reports: Sequence[Mapping[str, Any]],
+    cosines: Mapping[str, Sequence[float]],
+    tokens: Sequence[int],
+    context: ReportContext,
+) -> str:
+    """Returns the page, in UTF-8 when encoded; equal arguments give equal text.
+
+    Args:
+        reports: One for each plan, as in ``report --json``, all on the same texts.
+        cosines: Plan to the cosine of each text, for the pictures; a plan may be left out.
+        tokens: Length of each text, special tokens and instruction included.
+        context: What else the page says.
+
+    Raises:
+        InputError: There is no report.
+        BackendError: matplotlib or jinja2 is not installed.
+    """
+    if not reports:
+        raise InputError("a page needs the report of at least one plan, got none")
+    check_installed()
+    rows = sorted(
+        (_row(report, context.floor) for report in reports),
+        key=lambda row: (not row.passes, -row.speed, row.plan),
+    )
+    passing = [row for row in rows if row.passes]
+    failing = [row for row in rows if not row.passes]
+    texts = reports[0]["texts"]
+    page: str = (
+        _environment()
+        .get_template(_TEMPLATE)
+        .render(
+            context=context,
+            texts=texts,
+            is_small=texts["count"] < _SIGN_OFF_TEXTS,
+            longest=max(tokens, default=0),
+            languages=sum(one["kind"] == "language" for one in reports[0]["buckets"]),
+            headline=headline(len(passing), len(rows)),
+            criterion=criterion(context.floor, texts["count"]),
+            fastest=passing[0] if passing else None,
+            smallest=min(passing, key=lambda row: row.report["bytes"]) if passing else None,
+            reasons=list(reasons(rows, context.floor)),
+            groups=[group for group in (("pass", passing), ("fail", failing)) if group[1]],
+            failing=failing,
+            has_memory=any(row.memory_bytes for row in rows),
+            has_retrieval=any(row.report["retrieval"] for row in rows),
+            has_sts=any(row.report["sts"] for row in rows),
+            artifacts=sorted({(row.variant, row.report["artifact_sha256"]) for row in rows}),
+            reference_sha256=reports[0]["reference_sha256"],
+            pictures=_pictures(passing, failing, cosines, tokens, context.floor),
+        )
+    )
+    return page
+
+
+def check_installed() -> None:
+    """Refuses a page that could not be made, before anything is measured for it.
+
+    Raises:
+        BackendError: matplotlib or jinja2 is not installed.
+    """
+    for package in ("jinja2", "matplotlib"):
+        if find_spec(package) is None:
+            raise missing_extra(package, "report", "the HTML report")
+
+
+def headline(passing: int, plans: int) -> str:
+    """The verdict in one sentence."""
+    if plans == 1:
+        return "The plan keeps the embeddings." if passing else "The plan loses too much."
+    if passing == plans:
+        return f"All {plans} plans keep the embeddings."
+    if passing == 0:
+        return f"None of {plans} plans keeps the embeddings."
+    return f"{passing} of {plans} plans {'keeps' if passing == 1 else 'keep'} the embeddings."
+
+
+def criterion(floor: Floor, texts: int) -> str:
+    """What the headline means, in words."""
+    return (
+        f"Each of {texts} texts was embedded by the plan and by the 16-bit model. A plan keeps the "
+        "embeddings if the cosine of the two vectors, 1 for equal ones, is on average at least "
+        f"{floor.mean!r}, at least {floor.p5!r} for 95 % of the texts, and at least {floor.min!r} "
+        f"for every text (the floor “{floor.name}”)."
+    )
+
+
+def reasons(rows: Sequence[Row], floor: Floor) -> Iterator[tuple[str, str]]:
+    """What fails and why: variant, or plan where it is the only one, and its figures."""
+    for variant in dict.fromkeys(row.variant for row in rows if not row.passes):
+        members = [row for row in rows if row.variant == variant]
+        failing = [row for row in members if not row.passes]
+        name, count = variant, f" ({len(failing)} of {len(members)} plans)"
+        if len(failing) == 1:
+            name, count = failing[0].plan, ""
+        elif len(failing) == len(members):
+            count = f" ({len(members)} plans)"
+        why = [
+            _below(FIGURE_NAMES[key], [row.report["cosine"][key] for row in low], bound)
+            for key in FIGURES
+            if (low := [row for row in failing if key in row.low])
+            for bound in [getattr(floor, key)]
+        ]
+        if broken := sum(row.report["nonfinite"] for row in failing):
+            why.append(f"{broken} vector{'s hold' if broken > 1 else ' holds'} NaN or infinity")
+        yield name, f"{count}: {', '.join(why)}"
+
+
+def cosine_text(value: float, bound: float | None = None) -> str:
+    """Four decimals, or as many as show that a value is below a bound."""
+    for decimals in range(4, 17):
+        text = f"{value:.{decimals}f}"
+        if bound is None or value >= bound or float(text) < bound:
+            break
+    return text
+
+
+def size_text(count: float | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return _NONE
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            digits = f"{count / size:#.3g}" if count < 100 * size else f"{count / size:.0f}"
+            return f"{digits} {unit}"
+    return f"{count:.0f} B"
+
+
+def speed_text(tokens_per_second: float | None) -> str:
+    """Three digits or more, thousands apart."""
+    if not tokens_per_second:
+        return _NONE
+    decimals = max(0, 2 - math.floor(math.log10(tokens_per_second)))
+    return f"{tokens_per_second:,.{decimals}f}"
+
+
+def share_text(value: float | None) -> str:
+    """Three decimals."""
+    return _NONE if value is None else f"{value:.3f}"
+
+
+def _below(name: str, values: Sequence[float], bound: float) -> str:
+    least, most = cosine_text(min(values), bound), cosine_text(max(values), bound)
+    span = least if least == most else f"{least} to {most}"
+    return f"{name} {span} <\N{NO-BREAK SPACE}{bound!r}"
+
+
+def _row(report: Mapping[str, Any], floor: Floor) -> Row:
+    match = _PLAN.fullmatch(report["plan"])
+    variant, engine, device, compute = (
+        match.groups() if match else (report["plan"], _NONE, _NONE, _NONE)
+    )
+    return Row(
+        report,
+        variant,
+        engine,
+        device,
+        compute,
+        passes=verdict.passes(report["cosine"], report["nonfinite"], floor),
+        low=tuple(key for key in FIGURES if report["cosine"][key] < getattr(floor, key)),
+    )
+
+
+def _pictures(
+    passing: Sequence[Row],
+    failing: Sequence[Row],
+    cosines: Mapping[str, Sequence[float]],
+    tokens: Sequence[int],
+    floor: Floor,
+) -> tuple[str, str] | None:
+    groups = []
+    for title, rows in (("pass", passing), ("fail", failing)):
+        members = [
+            Series(row.plan, row.variant, row.compute, cosines[row.plan])
+            for row in rows
+            if len(cosines.get(row.plan, ()))
+        ]
+        if members:
+            groups.append((title, members))
+    if not groups:
+        return None
+    everything = [series for _, members in groups for series in members]
+    return (
+        pictures.distributions(groups, floor),
+        pictures.by_length(everything, tokens, floor),
+    )
+
+
+def _environment() -> Any:
+    import jinja2
+
+    source = resources.files("lowmem.fidelity").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader({_TEMPLATE: source}),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "cosine": cosine_text,
+        "size": size_text,
+        "speed": speed_text,
+        "share": share_text,
+    }
+    return environment

@@ -1,0 +1,243 @@
+"""Reference vectors: the stored 16-bit weights, multiplied in float32, layer by layer from disk.
+
+A pass needs the memory of one layer, whatever the model's size. Vectors of the built-in texts are
+made at export and travel with the bundle; those of a user's own texts are kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowmem import cache, data
+from lowmem.artifact import strict_json
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.manifest import Bundle, file_sha256
+from lowmem.compute.engine import Runner
+from lowmem.compute.plan import Plan
+from lowmem.data import Row
+from lowmem.errors import BundleError, InputError
+
+Vectors = NDArray[np.float32]
+FORMAT = 1
+BATCH_TOKENS = 4096
+_WINDOW_TOKENS = 4 * BATCH_TOKENS
+_LONGEST_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Vectors that others are compared with.
+
+    Attributes:
+        name: Which texts: ``probe``, ``quick``, or a file's name.
+        rows: The texts.
+        tokens: Tokens of each text, ``[texts]``.
+        truncated: How many texts were cut to the contract's limit.
+        vectors: float32 ``[texts, hidden_size]``, normalised as the contract says.
+        sha256: Of the vectors' ``.npy`` bytes.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    tokens: tuple[int, ...]
+    truncated: int
+    vectors: Vectors
+    sha256: str
+
+    @property
+    def texts_sha256(self) -> str:
+        """Identity of the texts."""
+        return data.sha256(self.rows)
+
+
+def compute(
+    bundle: Bundle,
+    name: str,
+    rows: Sequence[Row],
+    threads: int,
+    on_texts: Callable[[int], None] = lambda texts: None,
+) -> Reference:
+    """Runs the reference over texts; those over the limit are cut, EOS kept.
+
+    Args:
+        bundle: A bundle that holds ``fp16``.
+        name: What the texts are called.
+        rows: The texts.
+        threads: CPU threads.
+        on_texts: Told how many texts have been finished.
+
+    Raises:
+        InputError: The bundle has no ``fp16``.
+    """
+    plan = Plan(
+        "fp16",
+        "torch",
+        "cpu",
+        "fp32",
+        "streamed",
+        threads=threads,
+        batch_tokens=BATCH_TOKENS,
+        window_tokens=_WINDOW_TOKENS,
+    )
+    runner = Runner(bundle, plan)
+    prompts = [runner.contract.prompt(row.input_type, row.task) for row in rows]
+    encoded = runner.tokenizer.encode([row.text for row in rows], prompts, truncate=True)
+    vectors = runner.embed(
+        encoded, normalize=runner.contract.normalize_embeddings, on_texts=on_texts
+    )
+    tokens = tuple(len(text.input_ids) for text in encoded)
+    truncated = sum(text.cut_tokens > 0 for text in encoded)
+    return _reference(name, rows, tokens, truncated, vectors)
+
+
+def built_in_texts(config: ModelConfig) -> str:
+    """``probe``, or ``quick`` where this machine would need over ten minutes for ``probe``."""
+    tokens = sum(len(row.text) for row in data.load("probe")) / 3
+    seconds = tokens * 2 * config.linear_weights / _products_per_second()
+    return "probe" if seconds < _LONGEST_SECONDS else "quick"
+
+
+def write(bundle: Bundle, reference: Reference) -> None:
+    """Stores reference vectors of built-in texts in the bundle."""
+    folder = bundle.path / "reference"
+    folder.mkdir(exist_ok=True)
+    with cache.replacing(folder / f"{reference.name}.npy") as file:
+        file.write(npy_bytes(reference.vectors))
+    about = {
+        "format": FORMAT,
+        "texts": {
+            "name": reference.name,
+            "sha256": reference.texts_sha256,
+            "tokens": list(reference.tokens),
+            "truncated": reference.truncated,
+        },
+        "artifact_sha256": bundle.manifest.artifact_sha256("fp16"),
+        "sha256": reference.sha256,
+    }
+    with cache.replacing(folder / f"{reference.name}.json") as file:
+        file.write(strict_json.dumps(about).encode())
+
+
+def stored(bundle: Bundle) -> Reference | None:
+    """The reference vectors in the bundle, ``probe`` before ``quick``, or None.
+
+    Raises:
+        BundleError: They are damaged, of other texts, or of another ``fp16``.
+    """
+    for name in ("probe", "quick"):
+        path = bundle.path / "reference" / f"{name}.json"
+        if path.exists():
+            return _read(bundle, name, path)
+    return None
+
+
+def of_own_texts(
+    bundle: Bundle,
+    name: str,
+    rows: Sequence[Row],
+    threads: int,
+    on_texts: Callable[[int], None] = lambda texts: None,
+) -> Reference:
+    """Reference vectors of the user's texts, from the user's cache if they are there.
+
+    Raises:
+        InputError: They must be computed, and the bundle has no ``fp16``.
+    """
+    identity = {
+        "artifact": bundle.manifest.artifact_sha256("fp16") if _has_fp16(bundle) else None,
+        "texts": data.sha256(rows),
+    }
+    if identity["artifact"] is None:
+        raise InputError(
+            f"reference vectors of other texts need the variant fp16, which {bundle.path} lacks: "
+            "leave out --texts, or export fp16"
+        )
+    key = hashlib.sha256(strict_json.canonical(identity)).hexdigest()[:32]
+    folder = cache.directory() / "references"
+    vectors, tokens = folder / f"{key}.npy", f"reference-{key}.json"
+    known = cache.read_json(tokens)
+    if known is not None and vectors.exists() and file_sha256(vectors) == known.get("sha256"):
+        stored = np.load(vectors, allow_pickle=False)
+        return _reference(name, rows, tuple(known["tokens"]), known["truncated"], stored)
+    reference = compute(bundle, name, rows, threads, on_texts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with cache.replacing(vectors) as file:
+            file.write(npy_bytes(reference.vectors))
+    except OSError:  # a cache that cannot be written only costs the time of the next pass
+        return reference
+    about = {
+        "sha256": reference.sha256,
+        "tokens": list(reference.tokens),
+        "truncated": reference.truncated,
+    }
+    cache.write_json(tokens, about)
+    return reference
+
+
+def npy_bytes(vectors: Vectors) -> bytes:
+    """A ``.npy`` file's bytes, the same for the same vectors."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(vectors, np.float32))
+    return buffer.getvalue()
+
+
+def _read(bundle: Bundle, name: str, path: Path) -> Reference:
+    about = strict_json.read_object(path)
+    rows = data.load(name)
+    if about.get("format") != FORMAT or set(about) != {
+        "format",
+        "texts",
+        "artifact_sha256",
+        "sha256",
+    }:
+        raise BundleError(f"format must be {FORMAT} with the keys of this version ({path})")
+    texts: dict[str, Any] = about["texts"]
+    if texts["sha256"] != data.sha256(rows):
+        raise BundleError(
+            f"reference vectors are of another version's {name} texts ({path}): export again"
+        )
+    if _has_fp16(bundle) and about["artifact_sha256"] != bundle.manifest.artifact_sha256("fp16"):
+        raise BundleError(f"reference vectors are of another fp16 ({path}): export again")
+    file = path.with_suffix(".npy")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != about["sha256"]:
+        raise BundleError(f"{file} is damaged: its sha256 is not the one beside it")
+    vectors = np.load(io.BytesIO(content), allow_pickle=False)
+    if vectors.shape[:1] != (len(rows),) or len(texts["tokens"]) != len(rows):
+        raise BundleError(f"{file} must hold {len(rows)} vectors, got shape {vectors.shape}")
+    counts = tuple(texts["tokens"])
+    return Reference(name, rows, counts, texts["truncated"], vectors, about["sha256"])
+
+
+def _reference(
+    name: str, rows: Sequence[Row], tokens: tuple[int, ...], truncated: int, vectors: Vectors
+) -> Reference:
+    digest = hashlib.sha256(npy_bytes(vectors)).hexdigest()
+    return Reference(name, tuple(rows), tokens, truncated, vectors, digest)
+
+
+def _has_fp16(bundle: Bundle) -> bool:
+    return "fp16" in bundle.manifest.variants
+
+
+def _products_per_second() -> float:
+    """Floating-point operations per second of a float32 product on this machine."""
+    left, right = np.ones((256, 1024), np.float32), np.ones((1024, 1024), np.float32)
+    left @ right
+    start = time.perf_counter()
+    for _ in range(4):
+        left @ right
+    return 4 * 2 * left.size * right.shape[1] / (time.perf_counter() - start)

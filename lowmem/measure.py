@@ -1,0 +1,234 @@
+"""One plan, one workload, one child process: a record of its speed, memory and vectors.
+
+A child of its own gives each engine the machine to itself, shows the true peak of memory, and
+turns a crash or a kill by the system into a reason instead of the end of the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowmem import errors
+from lowmem.artifact.manifest import Bundle
+from lowmem.compute.engine import Runner
+from lowmem.compute.plan import Plan
+from lowmem.data import Row
+from lowmem.errors import BackendError, LowmemError
+
+PACKAGES = ("lowmem", "numpy", "torch", "onnxruntime", "tokenizers")
+_SAMPLE_SECONDS = 0.005
+_CHILD = "from lowmem.measure import run_child; run_child()"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one run of one plan showed.
+
+    Attributes:
+        texts: How many texts were embedded.
+        tokens: Their tokens, special tokens and instructions included.
+        load_seconds: From the start of loading to ready.
+        seconds: Each timed pass over all texts, tokenization left out.
+        peak_host_bytes: Most RssAnon + RssShmem of the process tree at any time.
+        peak_device_bytes: Most memory of the CUDA device, 0 on a CPU.
+        versions: Packages that took part.
+    """
+
+    texts: int
+    tokens: int
+    load_seconds: float
+    seconds: list[float]
+    peak_host_bytes: int = 0
+    peak_device_bytes: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the median pass."""
+        return self.tokens / float(np.median(self.seconds))
+
+
+def measure(
+    bundle: Path,
+    plan: Plan,
+    rows: Sequence[Row],
+    *,
+    repeats: int = 1,
+    warm_up: bool = True,
+    vectors: Path | None = None,
+    timeout_seconds: float | None = None,
+) -> Record:
+    """Runs a plan in a child process.
+
+    Args:
+        bundle: The bundle.
+        plan: What to run.
+        rows: The texts; those over the contract's limit are cut, EOS kept.
+        repeats: Timed passes.
+        warm_up: Whether to run a few short texts first, which are not timed.
+        vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``.
+        timeout_seconds: When to give up.
+
+    Raises:
+        LowmemError: What the child raised; a crash, a kill or a time-out is a BackendError.
+    """
+    job = {
+        "bundle": str(bundle),
+        "plan": asdict(plan),
+        "rows": [asdict(row) for row in rows],
+        "repeats": repeats,
+        "warm_up": warm_up,
+        "vectors": None if vectors is None else str(vectors),
+    }
+    with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
+        job_file = Path(folder) / "job.json"
+        job_file.write_text(json.dumps(job))
+        child = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(job_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        with MemoryPeak(child.pid) as peak:
+            try:
+                output, problems = child.communicate(timeout=timeout_seconds)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.communicate()
+                raise BackendError(f"{plan.id} took more than {timeout_seconds} s") from None
+            except BaseException:
+                child.kill()
+                child.communicate()
+                raise
+    if child.returncode != 0:
+        raise _failure(plan, child.returncode, problems.decode(errors="replace"))
+    result = json.loads(output.splitlines()[-1])
+    if "error" in result:
+        raise getattr(errors, result["kind"])(result["error"])
+    return Record(**{**result, "peak_host_bytes": peak.bytes})
+
+
+class MemoryPeak:
+    """Samples RssAnon + RssShmem of a process and its children, as a context manager.
+
+    Mapped files are page cache and do not count.
+
+    Attributes:
+        bytes: The largest sum seen so far.
+    """
+
+    def __init__(self, pid: int) -> None:
+        """Takes a process id; sampling begins on entry."""
+        self.bytes = 0
+        self._pid = pid
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> MemoryPeak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_SECONDS):
+            total = sum(_anonymous_bytes(pid) for pid in _tree(self._pid))
+            self.bytes = max(self.bytes, total)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide a vector or its speed, as far as installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _run_job(job: dict[str, Any]) -> Record:
+    plan = Plan(**job["plan"])
+    rows = [Row(**row) for row in job["rows"]]
+    start = time.perf_counter()
+    runner = Runner(Bundle(Path(job["bundle"])), plan)
+    load_seconds = time.perf_counter() - start
+    prompts = [runner.contract.prompt(row.input_type, row.task) for row in rows]
+    texts = runner.tokenizer.encode([row.text for row in rows], prompts, truncate=True)
+    normalize = runner.contract.normalize_embeddings
+    if job["warm_up"]:
+        shortest = sorted(texts, key=lambda text: len(text.input_ids))[:4]
+        runner.embed(shortest, normalize=normalize, must_be_finite=False)
+    seconds = []
+    for _ in range(job["repeats"]):
+        start = time.perf_counter()
+        embedded = runner.embed(texts, normalize=normalize, must_be_finite=False)
+        seconds.append(time.perf_counter() - start)
+    if job["vectors"] is not None:
+        np.save(job["vectors"], embedded)
+    return Record(
+        texts=len(texts),
+        tokens=sum(len(text.input_ids) for text in texts),
+        load_seconds=load_seconds,
+        seconds=seconds,
+        peak_device_bytes=runner.peak_device_bytes,
+        versions=package_versions(),
+    )
+
+
+def _tree(pid: int) -> Iterator[int]:
+    yield pid
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from _tree(int(child))
+    except OSError:  # the process has ended
+        return
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # the process has ended
+        return 0
+    kilobytes = 0
+    for line in status.splitlines():
+        if line.startswith(("RssAnon:", "RssShmem:")):
+            kilobytes += int(line.split()[1])
+    return kilobytes * 1024
+
+
+def _failure(plan: Plan, status: int, problems: str) -> LowmemError:
+    last = (problems.strip().splitlines() or ["it said nothing"])[-1]
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return BackendError(f"{plan.id} was ended by {name}{hint}")
+    return BackendError(f"{plan.id} failed: {last}")
+
+
+def run_child() -> None:
+    """Runs the job whose file is the process's first argument; its result goes to stdout."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        result: dict[str, Any] = asdict(_run_job(job))
+    except LowmemError as error:
+        result = {"kind": type(error).__name__, "error": str(error)}
+    sys.stdout.write(json.dumps(result) + "\n")

@@ -1,0 +1,239 @@
+"""Every plan that a model has on a machine, with the reason where one cannot or need not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from lowmem.artifact import strict_json
+from lowmem.artifact.config import ModelConfig, parse_config
+from lowmem.artifact.formats import Format
+from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.variants import VARIANTS, formats_for
+from lowmem.artifact.weights import Checkpoint
+from lowmem.compute.plan import COMPUTES, DEVICES, ENGINES, SCHEDULES, Plan
+from lowmem.errors import BackendError, InputError
+from lowmem.hardware import Hardware
+from lowmem.planner import memory
+
+AUTO = "auto"
+BATCH_TOKENS = 4096
+_WINDOW_BATCHES = 4
+_PACKAGES = {"torch": "torch", "onnxruntime": "onnxruntime"}
+_EXTRAS = {"cpu": "cpu", "cuda": "cuda"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned for: a model's shape and its variants, exported or not.
+
+    Attributes:
+        config: The model's shape.
+        max_seq_length: Most tokens of one text.
+        dtype: F16 or BF16: dtype of the unquantized weights.
+        formats: Variant to module to format.
+        graphs: Variant to ONNX file to compute.
+    """
+
+    config: ModelConfig
+    max_seq_length: int
+    dtype: str
+    formats: Mapping[str, Mapping[str, Format]]
+    graphs: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Subject:
+        """What an exported bundle offers.
+
+        Raises:
+            BundleError: A variant's config or tensors do not hold together.
+        """
+        checkpoints = {
+            name: Checkpoint(bundle.directory(name)) for name in bundle.manifest.variants
+        }
+        if not checkpoints:
+            raise InputError(f"the bundle holds no variant ({bundle.path})")
+        first = next(iter(checkpoints.values()))
+        return cls(
+            first.config,
+            bundle.contract.max_seq_length,
+            first.dtype,
+            {name: checkpoint.formats for name, checkpoint in checkpoints.items()},
+            {name: bundle.variant(name).graphs for name in checkpoints},
+        )
+
+    @classmethod
+    def of_checkpoint(cls, directory: Path) -> Subject:
+        """What a checkpoint would offer once exported; only its ``config.json`` is read.
+
+        Raises:
+            BundleError: The config is missing or not supported.
+        """
+        path = directory / "config.json"
+        value = strict_json.read_object(path)
+        config = parse_config(value, str(path))
+        named = value.get("dtype", value.get("torch_dtype"))
+        dtype = "BF16" if named == "bfloat16" else "F16"
+        return cls(
+            config,
+            min(config.longest_sequence, BATCH_TOKENS),
+            dtype,
+            {name: formats_for(name, config, dtype) for name in VARIANTS},
+            {
+                "fp16": {"model.onnx": "fp32", "model_fp16.onnx": "fp16"},
+                "int8": {"model.onnx": "int8"},
+                "int4": {"model.onnx": "fp32", "model_int8.onnx": "int8"},
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller fixed by name; ``auto`` leaves it open."""
+
+    variant: str = AUTO
+    engine: str = AUTO
+    device: str = AUTO
+    compute: str = AUTO
+    schedule: str = AUTO
+
+    def match(self, plan: Plan) -> bool:
+        """Whether a plan is among what is left open."""
+        return all(wish in (AUTO, getattr(plan, name)) for name, wish in vars(self).items())
+
+    def check(self, subject: Subject, hardware: Hardware) -> None:
+        """Refuses names that do not exist here.
+
+        Raises:
+            InputError: A variant, engine, device, compute or schedule by that name is unknown.
+            BackendError: A device was asked for that the machine has not.
+        """
+        known = {
+            "variant": tuple(subject.formats),
+            "engine": ENGINES,
+            "device": DEVICES,
+            "compute": COMPUTES,
+            "schedule": SCHEDULES,
+        }
+        for name, values in known.items():
+            wish = getattr(self, name)
+            if wish != AUTO and wish not in values:
+                raise InputError(
+                    f"{name} must be auto or one of {', '.join(sorted(values))}, got {wish!r}"
+                )
+        if self.device == "cuda" and not hardware.gpus:
+            raise BackendError(
+                f"there is no CUDA device: {hardware.gpu_problem or 'none is visible'}"
+            )
+
+
+def candidates(subject: Subject, hardware: Hardware, wishes: Wishes) -> list[Plan]:
+    """All plans within the wishes, each with its predicted memory.
+
+    Raises:
+        InputError: Nothing matches the wishes.
+        BackendError: A device was asked for that the machine has not.
+    """
+    wishes.check(subject, hardware)
+    plans = []
+    for plan in _combinations(subject, hardware):
+        if not wishes.match(plan):
+            continue
+        plan = _within_memory(plan, subject, hardware)
+        reason = _cannot_run(plan, hardware)
+        plans.append(plan.with_(dropped=reason or plan.dropped))
+    if not plans:
+        wanted = ", ".join(f"{k} {v}" for k, v in vars(wishes).items() if v != AUTO)
+        raise InputError(
+            f"no plan has {wanted}: onnxruntime runs fp16, int8 and int4 as their graphs are "
+            "computed, always resident; torch runs everything"
+        )
+    return _without_needless_streaming(plans, wishes)
+
+
+def _combinations(subject: Subject, hardware: Hardware) -> Iterator[Plan]:
+    devices = ["cuda", "cpu"] if hardware.gpus else ["cpu"]
+    for variant in subject.formats:
+        for device in devices:
+            for compute in COMPUTES:
+                for schedule in SCHEDULES:
+                    yield _plan(subject, hardware, variant, "torch", device, compute, schedule)
+            for compute in dict.fromkeys(subject.graphs.get(variant, {}).values()):
+                yield _plan(subject, hardware, variant, "onnxruntime", device, compute, "resident")
+
+
+def _plan(
+    subject: Subject,
+    hardware: Hardware,
+    variant: str,
+    engine: str,
+    device: str,
+    compute: str,
+    schedule: str,
+) -> Plan:
+    batch_tokens = max(BATCH_TOKENS, subject.max_seq_length)
+    batches = _WINDOW_BATCHES if schedule == "streamed" else 1
+    return Plan(
+        variant,
+        engine,
+        device,
+        compute,
+        schedule,
+        threads=hardware.cpu_threads,
+        batch_tokens=batch_tokens,
+        window_tokens=batch_tokens * batches,
+    )
+
+
+def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
+    """Predicts a plan's memory, and says so if it is more than there is."""
+    formats = subject.formats[plan.variant]
+    host, device = memory.predict(plan, subject.config, subject.dtype, formats)
+    plan = plan.with_(host_bytes=host, device_bytes=device)
+    if host > hardware.host_free_bytes:
+        return plan.with_(
+            dropped=f"needs {_gib(host)} of memory, {_gib(hardware.host_free_bytes)} are free"
+        )
+    if plan.device == "cuda" and device > hardware.gpus[0].free_bytes:
+        free = _gib(hardware.gpus[0].free_bytes)
+        return plan.with_(dropped=f"needs {_gib(device)} on the GPU, {free} are free")
+    return plan
+
+
+def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:
+    if find_spec(_PACKAGES[plan.engine]) is None:
+        extra = _EXTRAS[plan.device]
+        return f"{plan.engine} is not installed: pip install 'lowmem[{extra}]'"
+    if plan.device == "cuda":
+        too_old = plan.compute == "bf16" and hardware.gpus[0].compute_capability < (8, 0)
+        return "this GPU has no bf16 arithmetic" if too_old else None
+    if plan.engine == "onnxruntime":
+        if plan.compute == "fp16":
+            return "the fp16 graph is for CUDA"
+        if plan.compute == "int8" and not hardware.has_vnni:
+            return "8-bit kernels saturate on a CPU without VNNI"
+        return None
+    if plan.compute == "bf16" and not hardware.has_native_bf16:
+        return "this CPU does not multiply bf16 natively"
+    if plan.compute == "fp16" and not hardware.has_native_fp16:
+        return "this CPU does not multiply fp16 natively"
+    return None
+
+
+def _without_needless_streaming(plans: list[Plan], wishes: Wishes) -> list[Plan]:
+    """Drops streamed plans whose resident twin fits, unless streaming was asked for."""
+    if wishes.schedule == "streamed":
+        return plans
+    resident = {p.report_id for p in plans if p.schedule == "resident" and p.dropped is None}
+    return [
+        plan.with_(dropped="resident fits, and reads the weights once")
+        if plan.schedule == "streamed" and plan.dropped is None and plan.report_id in resident
+        else plan
+        for plan in plans
+    ]
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

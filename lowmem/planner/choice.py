@@ -1,0 +1,175 @@
+"""The plan to run: the fastest that is faithful, and in words why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from lowmem import data, hardware
+from lowmem.artifact import verdict
+from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.verdict import Floor
+from lowmem.compute.plan import Plan
+from lowmem.errors import CapacityError
+from lowmem.hardware import Hardware
+from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates
+from lowmem.planner.timing import time_plans
+
+BUILT_IN_TEXTS = ("probe", "quick")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found, and what was chosen.
+
+    Attributes:
+        machine: What the plans were made for.
+        plans: Every plan within the wishes, candidates first, the fastest first.
+        chosen: One of them, or None if none may be chosen.
+        reason: Why, in words.
+        warning: One line that the caller should see, or None.
+    """
+
+    machine: Hardware
+    plans: tuple[Plan, ...]
+    chosen: Plan | None
+    reason: str
+    warning: str | None = None
+
+    def get(self) -> Plan:
+        """The chosen plan.
+
+        Raises:
+            CapacityError: There is none.
+        """
+        if self.chosen is None:
+            raise CapacityError(self.reason)
+        return replace(self.chosen, reason=self.reason)
+
+
+def choose(
+    bundle: Bundle,
+    *,
+    wishes: Wishes,
+    floor: Floor,
+    machine: Hardware | None = None,
+    time_all: bool = False,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+) -> Choice:
+    """Plans a bundle on a machine.
+
+    Verified plans come first; then ``fp16`` in fp32 or native bf16; then any unverified plan; a
+    failing one only where its variant was asked for by name.
+
+    Args:
+        bundle: The bundle.
+        wishes: What is fixed by name.
+        floor: What counts as faithful enough.
+        machine: Where to run; probed by default.
+        time_all: Whether to time every candidate, and not only those the choice is among.
+        on_plan: Told each plan before it is timed.
+
+    Raises:
+        InputError: A name in the wishes is unknown, or nothing matches them.
+        BackendError: A device was asked for that the machine has not.
+    """
+    machine = machine or hardware.probe()
+    subject = Subject.of_bundle(bundle)
+    plans = [
+        plan.with_(fidelity=fidelity_of(plan, bundle, floor))
+        for plan in candidates(subject, machine, wishes)
+    ]
+    if time_all:
+        plans = time_plans(plans, bundle, subject.config, machine, on_plan)
+    remaining = list(plans)
+    while True:
+        tier, kind = _best_tier(remaining, wishes)
+        if len(tier) > 1:
+            timed = time_plans(tier, bundle, subject.config, machine, on_plan)
+            known = {plan.id: plan for plan in timed}
+            plans = [known.get(plan.id, plan) for plan in plans]
+            tier = [plan for plan in timed if plan.dropped is None]
+            if not tier:
+                remaining = [plan for plan in plans if plan.dropped is None]
+                continue
+        break
+    if not tier:
+        return Choice(machine, _ordered(plans), None, _nothing_left(plans, bundle))
+    chosen = max(tier, key=lambda plan: plan.tokens_per_second or 0.0)
+    reason, warning = _explain(chosen, kind, len(tier), floor)
+    return Choice(machine, _ordered(plans), chosen, reason, warning)
+
+
+def fidelity_of(plan: Plan, bundle: Bundle, floor: Floor) -> str:
+    """``verified``, ``failing`` or ``unverified``, from the report in the bundle.
+
+    Raises:
+        BundleError: The report's file is damaged.
+    """
+    report = verdict.read_report(
+        bundle.path / "reports" / f"{plan.report_id}.json",
+        plan=plan.report_id,
+        artifact_sha256=bundle.manifest.artifact_sha256(plan.variant),
+        texts_sha256=[data.sha256(data.load(name)) for name in BUILT_IN_TEXTS],
+    )
+    return verdict.fidelity(report, floor)
+
+
+def _best_tier(plans: Sequence[Plan], wishes: Wishes) -> tuple[list[Plan], str]:
+    """The plans that the choice is among, and what they are."""
+    running = [plan for plan in plans if plan.dropped is None]
+    verified = [plan for plan in running if plan.fidelity == "verified"]
+    if verified:
+        return verified, "verified"
+    unverified = [plan for plan in running if plan.fidelity == "unverified"]
+    trusted = [
+        plan for plan in unverified if plan.variant == "fp16" and plan.compute in ("fp32", "bf16")
+    ]
+    if trusted:
+        return trusted, "trusted"
+    if unverified:
+        return unverified, "unverified"
+    return (running, "failing") if wishes.variant != AUTO else ([], "none")
+
+
+def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, str | None]:
+    speed = f"{chosen.tokens_per_second:.0f} tokens/s" if chosen.tokens_per_second else "untimed"
+    among = f"the fastest of {rivals}" if rivals > 1 else "the only one"
+    bounds = f"floor {floor.name}: mean {floor.mean}, p5 {floor.p5}, min {floor.min}"
+    if kind == "verified":
+        return f"{among} whose report passes the {bounds}; {speed}", None
+    if kind == "trusted":
+        reason = (
+            f"no plan is verified; {among} over the 16-bit weights, in {chosen.compute}; {speed}"
+        )
+        warning = None if chosen.compute == "fp32" else f"{chosen.id} has no fidelity report"
+        return reason, warning
+    if kind == "unverified":
+        return (
+            f"no plan is verified; {among} without a report; {speed}",
+            f"{chosen.id} has no fidelity report: what quantization did to its vectors is unknown",
+        )
+    return (
+        f"asked for by name, though its report fails the {bounds}; {speed}",
+        f"{chosen.id} fails the {bounds}",
+    )
+
+
+def _nothing_left(plans: Sequence[Plan], bundle: Bundle) -> str:
+    failing = [plan.id for plan in plans if plan.dropped is None]
+    if failing:
+        return (
+            f"every plan that runs here fails the floor ({', '.join(failing)}): ask for one by "
+            f"--variant, give another --floor, or export fp16 ({bundle.path})"
+        )
+    reasons = "; ".join(f"{plan.id}: {plan.dropped}" for plan in plans[:8])
+    return f"no plan can run on this machine: {reasons}"
+
+
+def _ordered(plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    return tuple(
+        sorted(
+            plans,
+            key=lambda plan: (plan.dropped is not None, -(plan.tokens_per_second or 0.0), plan.id),
+        )
+    )

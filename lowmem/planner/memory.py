@@ -1,0 +1,112 @@
+"""Predicted memory of a plan: a pure function of shapes, formats and token budget.
+
+Host memory is what the process itself holds (RssAnon + RssShmem); weights that are mapped from
+their files are page cache, and a CPU plan on torch holds none of them. Sizes follow the code that
+allocates: when an operation keeps one more buffer, its line here changes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
+from lowmem.artifact.weights import module_shapes
+from lowmem.compute.plan import Plan
+
+MIB = 2**20
+# Interpreter, libraries and thread pools with no model loaded, measured as RssAnon.
+TORCH_BASE_BYTES = 155 * MIB
+ONNX_BASE_BYTES = 60 * MIB
+# CUDA's context, kernels and cuBLAS workspaces on the device, and their mirror on the host.
+CUDA_CONTEXT_BYTES = 600 * MIB
+CUDA_HOST_BYTES = 900 * MIB
+
+# glibc keeps freed blocks below 32 MiB in its heap, where they are too scattered to be given back.
+_HEAP_SLACK_BYTES = 96 * MIB
+
+_PRODUCT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 4}
+
+
+def predict(
+    plan: Plan, config: ModelConfig, dtype: str, formats: Mapping[str, Format]
+) -> tuple[int, int]:
+    """Peak memory of a plan.
+
+    Args:
+        plan: Engine, device, compute, schedule and token budget; its memory fields are not read.
+        config: The model's shape.
+        dtype: F16 or BF16, of embedding and norms.
+        formats: Format of every linear.
+
+    Returns:
+        Bytes on the host and on the device, the latter 0 for a CPU plan.
+    """
+    if plan.engine == "onnxruntime":
+        return _onnx(plan, config, formats)
+    weights = _stored_bytes(config, formats)
+    layer = weights // config.num_hidden_layers
+    scratch = _scratch_bytes(plan, config, formats)
+    work = scratch + _activation_bytes(plan, config) + _hidden_bytes(plan, config)
+    if plan.device == "cpu":
+        streamed = layer if plan.schedule == "streamed" else 0
+        slack = min(_activation_bytes(plan, config), _HEAP_SLACK_BYTES)
+        return TORCH_BASE_BYTES + streamed + work + slack, 0
+    resident = weights if plan.schedule == "resident" else 2 * layer
+    host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + 2 * layer
+    return host, CUDA_CONTEXT_BYTES + resident + work
+
+
+def _stored_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
+    return sum(
+        spec.nbytes
+        for module, shape in module_shapes(config).items()
+        for spec in formats[module].specs(*shape).values()
+    )
+
+
+def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
+    """The one buffer that matrices are dequantized into."""
+    native = {"bf16": "BF16", "fp16": "F16"}.get(plan.compute)
+    if all(isinstance(form, Plain) and form.dtype == native for form in formats.values()):
+        return 0
+    largest = max(rows * columns for rows, columns in config.linears().values())
+    return largest * _PRODUCT_BYTES[plan.compute]
+
+
+def _hidden_bytes(plan: Plan, config: ModelConfig) -> int:
+    """Hidden states of the batches of a window, float32, but for the one at work."""
+    return 4 * config.hidden_size * max(0, plan.window_tokens - plan.batch_tokens)
+
+
+def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
+    """What the widest moment of a layer holds for one batch: attention's or the MLP's."""
+    width = _PRODUCT_BYTES[plan.compute]
+    hidden = 4 * config.hidden_size
+    query, key = config.query_size, config.key_value_size
+    rounding = 4 if plan.compute == "int8" else 0
+    # Residual, q, k, v, rotated copies of q and k with float32 halves, and the mixed heads.
+    attention = hidden + width * (query + 2 * key) + (2 * width + 4) * query + width * query
+    # Residual, gate and up, the inputs of down_proj, its product, and the new residual.
+    mlp = 3 * hidden + (2 * width + 2 * rounding) * config.intermediate_size
+    return plan.batch_tokens * max(attention, mlp)
+
+
+def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tuple[int, int]:
+    """ONNX Runtime packs codes into a copy of its own, and widens one 16-bit matrix at a time."""
+    packed = widened = 0
+    for module, (rows, columns) in module_shapes(config).items():
+        form = formats[module]
+        if isinstance(form, Plain):
+            widened = max(widened, rows * columns * 4)
+            packed += rows * columns * 2 if plan.device == "cuda" else 0
+        elif isinstance(form, IntGrouped | Int8Channel):
+            packed += sum(spec.nbytes for spec in form.specs(rows, columns).values())
+    # Measured: three times the widest moment, as its buffers of differing shapes are not shared.
+    activations = (
+        3 * plan.batch_tokens * 4 * (4 * config.hidden_size + 3 * config.intermediate_size)
+    )
+    if plan.device == "cpu":
+        return ONNX_BASE_BYTES + packed + widened + activations, 0
+    host = ONNX_BASE_BYTES + CUDA_HOST_BYTES
+    return host, CUDA_CONTEXT_BYTES + packed + activations

@@ -1,0 +1,97 @@
+"""How fast each plan is on this machine, measured in a process of its own and remembered.
+
+Timings are cached by machine, driver, versions and artifact; which plan to run never is, because
+free memory changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+
+from lowmem import cache, hardware
+from lowmem.artifact import strict_json
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.manifest import Bundle
+from lowmem.compute.plan import Plan
+from lowmem.data import Row, load
+from lowmem.errors import LowmemError
+from lowmem.hardware import Hardware
+from lowmem.measure import measure, package_versions
+
+logger = logging.getLogger(__name__)
+
+_FEWEST_CHARACTERS, _MOST_CHARACTERS = 600, 6000
+_ASSUMED_FLOPS = 1e11
+_PREFILL_SECONDS = 2.0
+_CHARACTERS_PER_TOKEN = 4
+_TIMEOUT_SECONDS = 600
+
+
+def time_plans(
+    plans: Sequence[Plan],
+    bundle: Bundle,
+    config: ModelConfig,
+    machine: Hardware,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+) -> list[Plan]:
+    """Fills in ``tokens_per_second`` of every candidate, from the cache or by a short prefill.
+
+    Args:
+        plans: Plans; dropped ones are left as they are.
+        bundle: The bundle.
+        config: The model's shape, from which the length of the prefill follows.
+        machine: Where this is.
+        on_plan: Told each plan before it is timed.
+
+    Returns:
+        The plans in the same order; one that fails to run is dropped with the error as reason.
+    """
+    rows = workload(config)
+    name = f"timings-{hardware.fingerprint(machine)}.json"
+    timings = cache.read_json(name) or {}
+    timed = []
+    for plan in plans:
+        if plan.dropped is not None or plan.tokens_per_second is not None:
+            timed.append(plan)
+            continue
+        key = _key(plan, bundle, rows)
+        speed = timings.get(key)
+        if not isinstance(speed, float) or speed <= 0:
+            on_plan(plan)
+            try:
+                record = measure(bundle.path, plan, rows, timeout_seconds=_TIMEOUT_SECONDS)
+            except LowmemError as error:
+                logger.warning("%s cannot run: %s", plan.id, error)
+                timed.append(plan.with_(dropped=str(error)))
+                continue
+            speed = record.tokens_per_second
+            timings = {**(cache.read_json(name) or {}), key: speed}
+            cache.write_json(name, timings)
+        timed.append(plan.with_(tokens_per_second=speed))
+    return timed
+
+
+def workload(config: ModelConfig) -> list[Row]:
+    """Built-in texts of middle length, about as many as one pass of two seconds takes."""
+    flops_per_token = 2 * config.linear_weights
+    characters = _CHARACTERS_PER_TOKEN * _PREFILL_SECONDS * _ASSUMED_FLOPS / flops_per_token
+    wanted = min(max(characters, _FEWEST_CHARACTERS), _MOST_CHARACTERS)
+    rows: list[Row] = []
+    for row in load("workloads"):
+        if row.kind == "mid" and sum(len(other.text) for other in rows) < wanted:
+            rows.append(row)
+    return rows
+
+
+def _key(plan: Plan, bundle: Bundle, rows: Sequence[Row]) -> str:
+    content = {
+        "plan": plan.id,
+        "threads": plan.threads,
+        "batch_tokens": plan.batch_tokens,
+        "artifact": bundle.manifest.artifact_sha256(plan.variant),
+        "texts": [row.id for row in rows],
+        "versions": package_versions(),
+    }
+    return hashlib.sha256(strict_json.canonical(content)).hexdigest()[:32]

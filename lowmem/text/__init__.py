@@ -1,0 +1,1 @@
+"""Text to packed batches of token ids, in numpy alone."""

@@ -1,0 +1,161 @@
+"""Text to token ids, by the contract.
+
+``tokenizer.json`` turns text into pieces; BOS and EOS come from the contract and from nowhere
+else, because tokenizers lose them without a word. A text that is too long is an error, or is cut
+in front of its EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as PieceTokenizer
+
+from lowmem.artifact.contract import Contract
+from lowmem.errors import BundleError, InputError
+from lowmem.text.batching import EncodedText, Ids
+
+_MOST_NAMED = 10
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What a prompt gives when it is tokenized by itself.
+
+    Attributes:
+        tokens: How many ids it has, BOS included.
+        prefix: BOS and its ids less the last, whose trailing space merges into the next word.
+    """
+
+    tokens: int
+    prefix: Ids
+
+
+class Tokenizer:
+    """The tokenizer of one bundle."""
+
+    def __init__(self, path: Path, contract: Contract, vocab_size: int) -> None:
+        """Loads ``tokenizer.json``.
+
+        Args:
+            path: The file.
+            contract: Special tokens and the length limit.
+            vocab_size: Rows of the embedding table.
+
+        Raises:
+            BundleError: The file is missing or damaged, or names ids outside the vocabulary.
+        """
+        try:
+            self._pieces = PieceTokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(f"{path} is not a tokenizer.json: {error}") from error
+        self._pieces.no_truncation()
+        self._pieces.no_padding()
+        self._contract = contract
+        largest = max(
+            [
+                *self._pieces.get_vocab(with_added_tokens=True).values(),
+                contract.bos_token_id or 0,
+                contract.eos_token_id or 0,
+            ]
+        )
+        if largest >= vocab_size:
+            raise BundleError(
+                f"token ids must be below vocab_size={vocab_size}, got {largest} ({path})"
+            )
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str],
+        *,
+        truncate: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> list[EncodedText]:
+        """Token ids of each text behind its prompt.
+
+        Prompt and text are tokenized as one string, as the model saw them in training.
+
+        Args:
+            texts: The texts.
+            prompts: What stands before each of them.
+            truncate: Whether to cut texts that are too long, instead of refusing them.
+            names: What to call each text in an error; its position by default.
+
+        Raises:
+            InputError: A text is empty, is not valid Unicode, or is over the limit; all such
+                texts are named, up to ten. A prompt leaves no room for a text.
+        """
+        names = names or [f"text {row}" for row in range(len(texts))]
+        whole = self._encode_pieces(texts, prompts, names)
+        empty = [
+            name
+            for name, text, pieces in zip(names, texts, whole, strict=True)
+            if not text.strip() or not pieces
+        ]
+        if empty:
+            raise InputError(f"a text must not be empty or blank: {_named(empty)}")
+        known = {prompt: self._prompt(prompt) for prompt in dict.fromkeys(prompts)}
+        contract = self._contract
+        room = contract.max_seq_length - contract.special_tokens
+        encoded, too_long = [], []
+        for prompt, name, pieces in zip(prompts, names, whole, strict=True):
+            cut = max(0, len(pieces) - room)
+            if cut and not truncate:
+                too_long.append(f"{name} ({len(pieces) + contract.special_tokens} tokens)")
+                continue
+            ids = self._with_special_tokens(pieces[:room])
+            prefix = known[prompt].prefix
+            shared = len(prefix) < len(ids) and bool(np.array_equal(ids[: len(prefix)], prefix))
+            # A word that the prompt's last piece has merged into may be the whole text.
+            pooled_from = min(known[prompt].tokens, len(ids) - 1) if prompt else 0
+            encoded.append(EncodedText(ids, len(prefix) if shared else 0, pooled_from, cut))
+        if too_long:
+            raise InputError(
+                f"a text may have {contract.max_seq_length} tokens, prompt and special tokens "
+                f"included: {_named(too_long)}; shorten them, or ask for truncation"
+            )
+        return encoded
+
+    def _encode_pieces(
+        self, texts: Sequence[str], prompts: Sequence[str], names: Sequence[str]
+    ) -> list[list[int]]:
+        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        bad = [name for name, text in zip(names, whole, strict=True) if not _is_unicode(text)]
+        if bad:
+            raise InputError(f"a text must be valid Unicode: {_named(bad)}")
+        encodings = self._pieces.encode_batch_fast(whole, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _with_special_tokens(self, pieces: Sequence[int]) -> Ids:
+        bos, eos = self._contract.bos_token_id, self._contract.eos_token_id
+        before = [] if bos is None else [bos]
+        behind = [] if eos is None else [eos]
+        return np.array([*before, *pieces, *behind], np.int64)
+
+    def _prompt(self, prompt: str) -> _Prompt:
+        contract = self._contract
+        pieces = self._pieces.encode(prompt, add_special_tokens=False).ids
+        if len(pieces) + contract.special_tokens >= contract.max_seq_length:
+            raise InputError(
+                f"the prompt leaves no room for a text within max_seq_length="
+                f"{contract.max_seq_length}: {prompt!r:.60}"
+            )
+        before = [] if contract.bos_token_id is None else [contract.bos_token_id]
+        return _Prompt(len(before) + len(pieces), np.array([*before, *pieces[:-1]], np.int64))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

@@ -1,0 +1,228 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, LlamaConfig, MistralConfig
+
+from lowmem.artifact.config import ModelConfig, config_json, parse_config
+from lowmem.errors import BundleError
+
+# https://huggingface.co/intfloat/e5-mistral-7b-instruct/blob/main/config.json
+E5_MISTRAL: dict[str, Any] = {
+    "_name_or_path": "mistralai/Mistral-7B-v0.1",
+    "architectures": ["MistralModel"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pad_token_id": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.34.0",
+    "use_cache": False,
+    "vocab_size": 32000,
+}
+MISTRAL_7B = ModelConfig(
+    model_type="mistral",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=32768,
+    sliding_window=4096,
+)
+
+
+def without(*keys: str) -> dict[str, Any]:
+    return {key: value for key, value in E5_MISTRAL.items() if key not in keys}
+
+
+def test_the_config_of_a_real_model_is_read() -> None:
+    assert parse_config(E5_MISTRAL, "config.json") == MISTRAL_7B
+
+
+def test_sizes_of_the_7b_body_are_the_published_ones() -> None:
+    norms = (2 * 32 + 1) * 4096
+    assert MISTRAL_7B.linear_weights == 6_979_321_856
+    assert MISTRAL_7B.linear_weights + 32000 * 4096 + norms == 7_110_660_096
+
+
+def test_no_text_is_longer_than_the_positions_or_the_window() -> None:
+    assert MISTRAL_7B.longest_sequence == 4096
+    assert replace(MISTRAL_7B, sliding_window=None).longest_sequence == 32768
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])
+def test_what_transformers_saves_is_read(kind: type[Any]) -> None:
+    saved = kind(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        rope_theta=5000.0,
+        architectures=[kind.__name__.replace("Config", "Model")],
+    )
+    config = parse_config(saved.to_diff_dict(), "config.json")
+    assert (config.head_dim, config.rope_theta, config.rms_norm_eps) == (32, 5000.0, 1e-6)
+    assert config.num_key_value_heads == 2
+    assert config.sliding_window == getattr(saved, "sliding_window", None)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_what_is_written_is_read_and_means_the_same_to_transformers(model_type: str) -> None:
+    config = replace(
+        MISTRAL_7B,
+        model_type=model_type,
+        head_dim=64,
+        rope_theta=5e5,
+        sliding_window=4096 if model_type == "mistral" else None,
+    )
+    written = config_json(config, "bfloat16")
+    assert parse_config(written, "config.json") == config
+    theirs = AutoConfig.for_model(**written)
+    for name in ModelConfig.__dataclass_fields__:
+        assert getattr(theirs, name, None) == getattr(config, name), name
+    assert not theirs.tie_word_embeddings
+
+
+def test_key_value_heads_and_head_dim_have_the_defaults_of_the_architecture() -> None:
+    config = parse_config(without("num_key_value_heads"), "config.json")
+    assert (config.num_key_value_heads, config.head_dim) == (32, 128)
+
+
+@pytest.mark.parametrize(
+    "homes",
+    [
+        {"rope_theta": 1e6},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6}},
+    ],
+)
+def test_theta_is_read_from_either_home(homes: dict[str, Any]) -> None:
+    assert parse_config(without("rope_theta") | homes, "config.json").rope_theta == 1e6
+
+
+@pytest.mark.parametrize(
+    ("homes", "problem"),
+    [
+        ({}, "rope_theta is missing"),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_theta and rope_parameters disagree",
+        ),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "linear"}},
+            "rope_type must be 'default', got 'linear'",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}},
+            "rope_parameters may hold rope_type and rope_theta only",
+        ),
+        ({"rope_parameters": [1e4]}, "rope_parameters may hold rope_type and rope_theta only"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a positive number, got nan"),
+    ],
+)
+def test_an_unclear_theta_is_refused(homes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BundleError, match=problem):
+        parse_config(without("rope_theta") | homes, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("hidden_act", "gelu"),
+        ("use_bidirectional_attention", True),
+        ("is_causal", False),
+        ("partial_rotary_factor", 0.5),
+        ("pretraining_tp", 2),
+        ("add_cross_attention", True),
+        ("pruned_heads", {"0": [1]}),
+    ],
+)
+def test_a_key_that_changes_the_maths_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(BundleError, match=f"{key}=.* changes the maths"):
+        parse_config(E5_MISTRAL | {key: value}, "config.json")
+
+
+@pytest.mark.parametrize("kinds", [["sliding_attention"] * 32, "sliding_attention", {}])
+def test_layers_of_another_attention_are_refused(kinds: object) -> None:
+    with pytest.raises(BundleError, match="layer_types other than full_attention"):
+        parse_config(E5_MISTRAL | {"layer_types": kinds or [{}]}, "config.json")
+
+
+def test_layers_that_are_all_of_full_attention_are_read() -> None:
+    value = E5_MISTRAL | {"layer_types": ["full_attention"] * 32}
+    assert parse_config(value, "config.json") == MISTRAL_7B
+
+
+def test_an_unknown_key_is_refused_by_name() -> None:
+    with pytest.raises(BundleError, match="unknown key 'attn_logit_softcapping'"):
+        parse_config(E5_MISTRAL | {"attn_logit_softcapping": 50.0}, "config.json")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", None, ["mistral"], {}])
+def test_another_architecture_is_refused_by_name(model_type: object) -> None:
+    with pytest.raises(BundleError, match="model_type must be one of llama, mistral, got"):
+        parse_config(E5_MISTRAL | {"model_type": model_type}, "config.json")
+
+
+@pytest.mark.parametrize("names", [["BidirectionalMistralModel"], "MistralModel", [["x"]]])
+def test_another_class_of_model_is_refused(names: object) -> None:
+    with pytest.raises(BundleError, match="architectures must be among"):
+        parse_config(E5_MISTRAL | {"architectures": names}, "config.json")
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "sliding_window", "head_dim"])
+@pytest.mark.parametrize("value", [0, -1, 2**31, 1.0, "32", True, [32]])
+def test_a_size_must_be_a_positive_integer(key: str, value: object) -> None:
+    with pytest.raises(BundleError, match=f"{key} must be a positive integer below 2"):
+        parse_config(E5_MISTRAL | {key: value}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"num_key_value_heads": 5}, "num_key_value_heads must divide num_attention_heads, got 5"),
+        ({"head_dim": 63}, "head_dim must be even and positive, got 63"),
+        ({"num_attention_heads": 8192}, "head_dim must be even and positive, got 0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number, got None"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers must be at most 1024"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BundleError, match=problem):
+        parse_config(E5_MISTRAL | change, "config.json")
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    value = without("vocab_size") | {"attention_bias": True, "surprise": 1}
+    with pytest.raises(BundleError) as caught:
+        parse_config(value, "some/config.json")
+    message = str(caught.value)
+    assert message.startswith("some/config.json cannot be served: vocab_size must be")
+    assert "attention_bias=True" in message
+    assert "unknown key 'surprise'" in message
+    assert "\n" not in message

@@ -1,0 +1,133 @@
+"""Attention over packed texts against one text after another, with the mask written out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowmem.compute.attention import Spans, attend
+from tests.tolerances import ATTENTION
+
+LENGTHS = st.lists(
+    st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=4
+)  # (texts, tokens of each) of each run
+
+
+def heads(tokens: int, count: int, head_dim: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.rand(tokens, count, head_dim, generator=generator) - 1
+
+
+def slow_attend(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], prefix: int, causal: bool
+) -> Tensor:
+    """Each text alone, in float64: its tokens see the prefix and, if causal, no later token."""
+    share = query.shape[1] // key.shape[1]
+    query, key, value = query.double(), key.double(), value.double()
+    key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    mixed = torch.empty_like(query)
+    begin = prefix
+    for length in lengths:
+        rows = [*range(prefix), *range(begin, begin + length)]
+        visible = torch.ones(len(rows), len(rows), dtype=torch.bool)
+        if causal:
+            visible = visible.tril()
+        scores = torch.einsum("qhd,khd->hqk", query[rows], key[rows]) / query.shape[2] ** 0.5
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        mixed[rows] = torch.einsum("hqk,khd->qhd", weights, value[rows])
+        begin += length
+    return mixed.flatten(1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    runs=LENGTHS,
+    prefix=st.integers(0, 7),
+    key_heads=st.integers(1, 3),
+    share=st.integers(1, 4),
+    head_dim=st.sampled_from([2, 8, 32]),
+    is_causal=st.booleans(),
+    pooled_only=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_packed_attention_is_attention_in_each_text(
+    runs: list[tuple[int, int]],
+    prefix: int,
+    key_heads: int,
+    share: int,
+    head_dim: int,
+    is_causal: bool,
+    pooled_only: bool,
+    seed: int,
+) -> None:
+    prefix = prefix if is_causal else 0
+    lengths = [length for count, length in runs for _ in range(count)]
+    tokens = prefix + sum(lengths)
+    query = heads(tokens, key_heads * share, head_dim, seed)
+    key, value = (heads(tokens, key_heads, head_dim, seed + n) for n in (1, 2))
+    spans = Spans.of(lengths, prefix, is_causal, "cpu")
+    expected = slow_attend(query, key, value, lengths, prefix, is_causal)
+    if pooled_only:
+        spans, query = spans.of_last_tokens(), query[spans.last_tokens]
+        expected = expected[spans.last_tokens]
+    got = attend(query, key, value, spans)
+    assert got.shape == (len(query), key_heads * share * head_dim)
+    assert float((got - expected).abs().max()) <= ATTENTION
+
+
+def test_last_tokens_are_found_behind_the_prefix() -> None:
+    spans = Spans.of([3, 3, 1], 4, True, "cpu")
+    assert spans.runs == ((2, 3), (1, 1))
+    assert spans.last_tokens.tolist() == [6, 9, 10]
+
+
+def test_texts_of_one_length_go_through_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = record_calls(monkeypatch)
+    spans = Spans.of([5, 5, 5, 2, 2], 0, True, "cpu")
+    attend(heads(19, 2, 4, 0), heads(19, 1, 4, 1), heads(19, 1, 4, 2), spans)
+    assert shapes == [(3, 2, 5, 4), (2, 2, 2, 4)]
+
+
+def test_copies_of_the_prefix_hold_no_more_tokens_than_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prefix, lengths = 30, [2] * 50
+    tokens = prefix + sum(lengths)
+    query, key, value = (heads(tokens, 1, 4, seed) for seed in range(3))
+    spans = Spans.of(lengths, prefix, True, "cpu")
+    expected = slow_attend(query, key, value, lengths, prefix, True)
+    shapes = record_calls(monkeypatch)
+    got = attend(query, key, value, spans)
+    assert float((got - expected).abs().max()) <= ATTENTION
+    assert max(texts * length for texts, _, length, _ in shapes) <= tokens
+    assert len(shapes) == 1 + -(-50 // (tokens // 32))
+
+
+def test_a_prefix_that_is_longer_than_the_texts_still_takes_one_text_at_a_time() -> None:
+    query, key, value = (heads(23, 2, 4, seed) for seed in range(3))
+    spans = Spans.of([1, 1, 1], 20, True, "cpu")
+    expected = slow_attend(query, key, value, [1, 1, 1], 20, True)
+    assert float((attend(query, key, value, spans) - expected).abs().max()) <= ATTENTION
+
+
+def test_a_prefix_is_only_for_causal_attention() -> None:
+    with pytest.raises(AssertionError, match="would see the texts behind it"):
+        Spans.of([3], 2, False, "cpu")
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Query shapes ``(texts, heads, tokens, head_dim)`` of every call from here on."""
+    shapes: list[tuple[int, ...]] = []
+    plain = F.scaled_dot_product_attention
+
+    def recorded(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        shapes.append(tuple(query.shape))
+        return plain(query, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    return shapes

@@ -1,0 +1,395 @@
+"""The torch engine: what must not change a vector, and what it does when it cannot go on."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.tensors import RawTensor, StoredTensor
+from lowmem.artifact.variants import VARIANTS
+from lowmem.artifact.weights import Checkpoint
+from lowmem.compute.engine import Runner, shortest_prefix, unit_length
+from lowmem.compute.operations.plain import PlainOperations
+from lowmem.compute.plan import Plan
+from lowmem.compute.torch_engine import TorchEngine
+from lowmem.errors import BackendError, CapacityError
+from lowmem.text.batching import EncodedText, pack
+from tests.models import CONTRACT, LAYERS
+from tests.tolerances import INVARIANCE, ROUNDED_INVARIANCE_FACTOR, gamma
+
+Vectors = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle(tiny_bundle)
+
+
+def runner(bundle: Bundle, variant: str = "fp16", compute: str = "fp32", **plan: Any) -> Runner:
+    settings = {"schedule": "resident", "batch_tokens": 4096, "window_tokens": 4096, **plan}
+    return Runner(bundle, Plan(variant, "torch", "cpu", compute, threads=1, **settings))
+
+
+def encoded(model: Runner) -> list[EncodedText]:
+    """Queries and documents of one word and of many, lengths apart and alike, one of them twice."""
+    choose = random.Random(0).choice
+    words = "the what is a fox question distance and moon of brown at in other ☃ 現在".split()
+    texts = [" ".join(choose(words) for _ in range(size)) for size in (1, 1, 1, 2, 3, 3, 8, 8, 20)]
+    prompts = [model.contract.prompt("query"), model.contract.prompt("document")]
+    both = [prompt for _ in texts for prompt in prompts]
+    twice = [text for text in texts for _ in prompts]
+    return model.tokenizer.encode([*twice, twice[0]], [*both, both[0]])
+
+
+def cosine_distances(left: Vectors, right: Vectors) -> NDArray[np.float64]:
+    product = np.einsum("ij,ij->i", left, right, dtype=np.float64)
+    lengths = [np.linalg.norm(side.astype(np.float64), axis=1) for side in (left, right)]
+    return 1 - product / (lengths[0] * lengths[1])
+
+
+def shuffled(model: Runner, texts: Sequence[EncodedText]) -> Vectors:
+    order = np.random.default_rng(0).permutation(len(texts))
+    vectors = np.empty((len(texts), model.hidden_size), np.float32)
+    vectors[order] = model.embed([texts[row] for row in order], normalize=True)
+    return vectors
+
+
+def alone(model: Runner, texts: Sequence[EncodedText]) -> Vectors:
+    return np.concatenate([model.embed([text], normalize=True) for text in texts])
+
+
+NEIGHBOURS: dict[str, Callable[[Bundle, str, str, Sequence[EncodedText]], Vectors]] = {
+    "shuffled": lambda bundle, variant, compute, texts: shuffled(
+        runner(bundle, variant, compute), texts
+    ),
+    "alone": lambda bundle, variant, compute, texts: alone(runner(bundle, variant, compute), texts),
+    "in small batches": lambda bundle, variant, compute, texts: runner(
+        bundle, variant, compute, batch_tokens=40
+    ).embed(texts, normalize=True),
+    "three at a time": lambda bundle, variant, compute, texts: runner(
+        bundle, variant, compute
+    ).embed(texts, normalize=True, batch_size=3),
+}
+
+
+@pytest.mark.parametrize("variant", ["fp16", "int4", "bnb-nf4"])
+@pytest.mark.parametrize("neighbours", NEIGHBOURS)
+def test_neighbours_do_not_change_a_vector(bundle: Bundle, variant: str, neighbours: str) -> None:
+    model = runner(bundle, variant)
+    texts = encoded(model)
+    together = model.embed(texts, normalize=True)
+    others = NEIGHBOURS[neighbours](bundle, variant, "fp32", texts)
+    assert cosine_distances(together, others).max() < INVARIANCE
+
+
+@pytest.mark.parametrize(
+    ("variant", "compute"), [("fp16", "bf16"), ("fp16", "int8"), ("int8", "int8")]
+)
+@pytest.mark.parametrize("neighbours", NEIGHBOURS)
+def test_neighbours_change_a_rounded_vector_by_no_more_than_rounding_does(
+    bundle: Bundle, variant: str, compute: str, neighbours: str
+) -> None:
+    model = runner(bundle, variant, compute)
+    texts = encoded(model)
+    together = model.embed(texts, normalize=True)
+    exact = runner(bundle, variant).embed(texts, normalize=True)
+    moved = cosine_distances(together, NEIGHBOURS[neighbours](bundle, variant, compute, texts))
+    rounding = cosine_distances(together, exact).max()
+    assert moved.max() <= ROUNDED_INVARIANCE_FACTOR * rounding + INVARIANCE
+    if compute == "int8":  # scales are each token's own, so most texts meet no boundary at all
+        assert np.median(moved) < INVARIANCE
+
+
+@pytest.mark.parametrize(
+    ("variant", "compute"),
+    [*((variant, "fp32") for variant in VARIANTS), ("fp16", "fp16"), ("int8", "int8")],
+)
+def test_streamed_vectors_are_the_resident_ones(bundle: Bundle, variant: str, compute: str) -> None:
+    resident, streamed = (
+        runner(bundle, variant, compute, schedule=schedule, batch_tokens=60)
+        for schedule in ("resident", "streamed")
+    )
+    texts = encoded(resident)
+    expected = resident.embed(texts, normalize=False)
+    assert np.array_equal(streamed.embed(texts, normalize=False), expected)
+
+
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+def test_the_size_of_a_window_does_not_change_a_vector(bundle: Bundle, schedule: str) -> None:
+    one, all_of_them = (
+        runner(bundle, schedule=schedule, batch_tokens=40, window_tokens=tokens)
+        for tokens in (1, 10**6)
+    )
+    texts = encoded(one)
+    expected = one.embed(texts, normalize=False)
+    assert np.array_equal(all_of_them.embed(texts, normalize=False), expected)
+
+
+@pytest.mark.parametrize(("window_tokens", "passes"), [(10**6, 1), (1, 5)])
+def test_a_streamed_plan_reads_each_layer_once_for_a_window(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, window_tokens: int, passes: int
+) -> None:
+    reads: list[StoredTensor] = []
+    plain = StoredTensor.read
+
+    def counted(stored: StoredTensor) -> RawTensor:
+        reads.append(stored)
+        return plain(stored)
+
+    monkeypatch.setattr(StoredTensor, "read", counted)
+    model = runner(bundle, schedule="streamed", window_tokens=window_tokens)
+    texts = encoded(model)[:5]
+    model.embed(texts, normalize=True, batch_size=1)
+    assert len(reads) == passes * LAYERS * (7 + 2)
+
+
+def test_equal_texts_are_computed_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = runner(bundle)
+    rows: list[int] = []
+    plain = model._engine.embed
+
+    def counted(batches: Any) -> Any:
+        rows.extend(row for batch in batches for row in batch.rows.tolist())
+        return plain(batches)
+
+    monkeypatch.setattr(model._engine, "embed", counted)
+    texts = encoded(model)[:2]
+    vectors = model.embed([texts[0], texts[1], texts[0], texts[0]], normalize=True)
+    assert sorted(rows) == [0, 1]
+    assert np.array_equal(vectors[[2, 3]], vectors[[0, 0]])
+
+
+def test_progress_counts_every_text(bundle: Bundle) -> None:
+    model = runner(bundle, batch_tokens=30)
+    texts = encoded(model)
+    steps: list[int] = []
+    model.embed([*texts, *texts], normalize=True, on_texts=steps.append)
+    assert len(steps) > 1
+    assert sum(steps) == 2 * len(texts)
+
+
+def test_no_texts_give_no_vectors(bundle: Bundle) -> None:
+    assert runner(bundle).embed([], normalize=True).shape == (0, 128)
+
+
+def test_an_observer_sees_every_batch_once_by_its_number(bundle: Bundle) -> None:
+    model = runner(bundle)
+    checkpoint = Checkpoint(bundle.directory("fp16"))
+    batches = pack(encoded(model), 50, shortest_prefix=1)
+    for schedule in ("resident", "streamed"):
+        engine = TorchEngine(checkpoint, CONTRACT, schedule=schedule, threads=1)
+        seen: list[tuple[int, int, int]] = []
+        engine.embed(
+            batches,
+            on_layer=lambda layer, batch, hidden, seen=seen: seen.append(
+                (layer, batch, len(hidden))
+            ),
+        )
+        tokens = [
+            batch.tokens + (0 if batch.prefix is None else len(batch.prefix)) for batch in batches
+        ]
+        assert seen == [
+            (layer, number, tokens[number])
+            for layer in range(LAYERS)
+            for number in range(len(batches))
+        ]
+
+
+def real_host_shortage() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def raise_device_shortage() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def raise_library_shortage() -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def raise_numpy_shortage() -> None:
+    raise MemoryError("Unable to allocate")
+
+
+SHORTAGES = (
+    real_host_shortage,
+    raise_device_shortage,
+    raise_library_shortage,
+    raise_numpy_shortage,
+)
+
+
+def limit_tokens(monkeypatch: pytest.MonkeyPatch, most: int, fail: Callable[[], None]) -> list[int]:
+    """Makes every product of more rows fail; returns the rows of those that did not."""
+    sizes: list[int] = []
+    plain = PlainOperations.gated_mlp
+
+    def limited(ops: PlainOperations, hidden: Tensor, *rest: Any) -> Tensor:
+        if len(hidden) > most:
+            fail()
+        sizes.append(len(hidden))
+        return plain(ops, hidden, *rest)
+
+    monkeypatch.setattr(PlainOperations, "gated_mlp", limited)
+    return sizes
+
+
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+@pytest.mark.parametrize("shortage", SHORTAGES)
+def test_batches_are_split_until_they_fit(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, schedule: str, shortage: Callable[[], None]
+) -> None:
+    model = runner(bundle, schedule=schedule)
+    texts = encoded(model)
+    longest = max(len(text.input_ids) for text in texts)
+    expected = model.embed(texts, normalize=True)
+    sizes = limit_tokens(monkeypatch, longest, shortage)
+    vectors = model.embed(texts, normalize=True)
+    assert max(sizes) <= longest
+    assert cosine_distances(vectors, expected).max() < INVARIANCE
+
+
+def test_a_text_that_does_not_fit_alone_is_a_capacity_error(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = runner(bundle)
+    limit_tokens(monkeypatch, 40, raise_device_shortage)
+    texts = encoded(model)
+    size = max(len(text.input_ids) for text in texts)
+    with pytest.raises(CapacityError, match=rf"a text of {size} tokens does not fit the memory"):
+        model.embed(texts, normalize=True)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("expected scalar type")
+
+    model = runner(bundle)
+    sizes = limit_tokens(monkeypatch, 0, fail)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        model.embed(encoded(model), normalize=True)
+    assert not sizes
+
+
+def test_weights_that_do_not_fit_the_device_are_a_capacity_error(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lowmem.compute.torch_engine.load_layer", full)
+    with pytest.raises(CapacityError, match=r"weights of int4 do not fit .* --schedule streamed"):
+        runner(bundle, "int4")
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_coarser_float32_products_are_refused(bundle: Bundle, precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.raises(BackendError, match=f"must be float32, .*{precision}"):
+            runner(bundle)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs torch 2.9 or newer"
+)
+def test_coarser_float32_products_of_one_backend_are_refused(bundle: Bundle) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(BackendError, match="must be float32"):
+            runner(bundle)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    runner(bundle)
+
+
+def test_cuda_without_a_device_is_a_backend_error(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="needs a CUDA device that torch can use"):
+        TorchEngine(Checkpoint(bundle.directory("fp16")), CONTRACT, device="cuda")
+
+
+def broken_embedding(monkeypatch: pytest.MonkeyPatch, token: int) -> None:
+    plain = Checkpoint.embedding
+
+    def broken(checkpoint: Checkpoint) -> RawTensor:
+        raw = plain(checkpoint)
+        array = raw.array.copy()
+        array[token] = np.nan
+        return RawTensor(raw.dtype, array)
+
+    monkeypatch.setattr(Checkpoint, "embedding", broken)
+
+
+def test_vectors_that_are_not_finite_are_a_backend_error_that_names_rows_and_plan(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = 300
+    broken_embedding(monkeypatch, token)
+    model = runner(bundle)
+    good = EncodedText(np.array([1, 5, 6, 2]), 0, 0)
+    bad = EncodedText(np.array([1, 5, token, 2]), 0, 0)
+    with pytest.raises(BackendError) as caught:
+        model.embed([good, bad, good, bad], normalize=True)
+    assert "the plan fp16-torch-cpu-fp32-resident" in str(caught.value)
+    assert "not finite, for texts 1, 3: choose another compute" in str(caught.value)
+    vectors = model.embed([good, bad], normalize=True, must_be_finite=False)
+    assert np.isfinite(vectors).all(axis=1).tolist() == [True, False]
+
+
+def test_at_most_ten_rows_that_are_not_finite_are_named(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_embedding(monkeypatch, 300)
+    bad = EncodedText(np.array([1, 300, 2]), 0, 0)
+    with pytest.raises(BackendError, match=r"texts 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more:"):
+        runner(bundle).embed([bad] * 12, normalize=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 8),
+        ({"compute": "bf16"}, 8),
+        ({"compute": "int8"}, 1),
+        ({"engine": "onnxruntime"}, None),
+        ({"is_causal": False}, None),
+        ({"pooling": "mean"}, None),
+    ],
+)
+def test_a_prefix_is_computed_apart_only_where_that_is_sound(
+    changes: dict[str, Any], expected: int | None
+) -> None:
+    plan = Plan("fp16", "torch", "cpu", "fp32", "resident")
+    contract = CONTRACT
+    for name, value in changes.items():
+        if name in ("engine", "compute"):
+            plan = plan.with_(**{name: value})
+        else:
+            contract = replace(contract, **{name: value})
+    assert shortest_prefix(plan, contract) == expected
+
+
+def test_unit_vectors_have_length_one_and_zero_stays_zero() -> None:
+    vectors = np.random.default_rng(0).standard_normal((50, 300)).astype(np.float32)
+    vectors *= np.logspace(-20, 20, 50)[:, None].astype(np.float32)
+    vectors[7] = 0
+    unit = unit_length(vectors)
+    lengths = np.linalg.norm(unit.astype(np.float64), axis=1)
+    assert unit.dtype == np.float32
+    assert not unit[7].any()
+    assert np.abs(np.delete(lengths, 7) - 1).max() < gamma(2)  # two roundings of each element

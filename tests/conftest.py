@@ -1,0 +1,26 @@
+"""Fixtures that several rooms share."""
+
+import pytest
+
+from export.pipeline import export
+from export.sources import open_source
+from lowmem.artifact.variants import VARIANTS
+from tests.models import tiny_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def cache_directory(tmp_path_factory, monkeypatch):
+    """A user's cache of its own for every test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LOWMEM_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """A bundle of a tiny random Mistral with all variants and graphs; do not change it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoint = tiny_checkpoint(folder / "checkpoint")
+    source = open_source(checkpoint.path)
+    export(source, folder / "bundle", checkpoint.contract, variants=VARIANTS)
+    return folder / "bundle"

@@ -1,0 +1,231 @@
+"""The command line as a user meets it, on a tiny bundle."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jsonschema
+import numpy as np
+import pytest
+
+from lowmem import schemas
+from lowmem.fidelity import metrics
+from tests.models import TEXTS, tiny_checkpoint
+from tests.tolerances import INVARIANCE
+
+FP32 = ("--engine", "torch", "--compute", "fp32")
+
+
+def lowmem(*arguments, status=0):
+    command = [sys.executable, "-m", "lowmem", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A bundle made by the command line, with reference vectors of the quick texts."""
+    folder = tmp_path_factory.mktemp("cli")
+    checkpoint = tiny_checkpoint(folder / "checkpoint")
+    contract = folder / "contract.json"
+    contract.write_text(json.dumps(checkpoint.contract.to_json()))
+    lowmem(
+        *("export", checkpoint.path, folder / "bundle", "--contract", contract),
+        *("--reference-texts", "quick"),
+    )
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def reported(bundle, tmp_path_factory):
+    """The bundle with reports of two plans, and what ``report`` wrote besides."""
+    folder = tmp_path_factory.mktemp("reported")
+    copy = folder / "bundle"
+    shutil.copytree(bundle, copy)
+    done = lowmem(
+        *("report", copy, "--variant", "int8", "--engine", "torch", "--floor", "loose"),
+        *("--json", folder / "report.json", "--html", folder / "report.html"),
+        *("--dump", folder / "dump"),
+    )
+    return copy, folder, done
+
+
+def test_export_prints_bits_and_sizes(bundle):
+    again = lowmem(
+        "export",
+        bundle.parent / "checkpoint",
+        bundle,
+        "--contract",
+        bundle.parent / "contract.json",
+        "--reference-texts",
+        "quick",
+    )
+    assert "int4" in again.stdout
+    assert "4.256 bits/weight" in again.stdout
+
+
+def test_plan_json_follows_its_schema_and_chooses_from_many(bundle):
+    plan = json.loads(lowmem("plan", bundle, "--engine", "torch", "--json").stdout)
+    jsonschema.validate(plan, schemas.load("plan"))
+    running = [one for one in plan["plans"] if one["state"] == "candidate"]
+    assert len(running) >= 10
+    assert all(one["tokens_per_second"] > 0 for one in running)
+    assert plan["chosen"] in {one["id"] for one in running}
+
+
+def test_the_plan_table_fits_80_columns(bundle):
+    text = lowmem("plan", bundle, "--variant", "fp16", *FP32).stdout
+    table = [line for line in text.splitlines() if " torch " in line or "variant" in line]
+    assert table
+    assert max(map(len, table)) <= 80
+
+
+def test_planning_a_checkpoint_needs_its_config_alone(bundle, tmp_path):
+    shutil.copy(bundle / "fp16" / "config.json", tmp_path)
+    shown = lowmem("plan", tmp_path).stdout
+    assert "nothing is exported yet" in shown
+    assert "int4" in shown
+
+
+def test_report_figures_follow_from_the_dumped_vectors(reported):
+    _, folder, _ = reported
+    report = json.loads((folder / "report.json").read_text())
+    jsonschema.validate(report, schemas.load("report"))
+    reference = np.load(folder / "dump" / "reference.npy")
+    assert {one["plan"] for one in report["reports"]} >= {"int8-torch-cpu-fp32"}
+    for one in report["reports"]:
+        vectors = np.load(folder / "dump" / f"{one['plan']}.npy")
+        products = np.einsum("ij,ij->i", reference, vectors, dtype=np.float64)
+        lengths = np.linalg.norm(reference.astype(np.float64), axis=1)
+        lengths *= np.linalg.norm(vectors.astype(np.float64), axis=1)
+        cosines = products / lengths
+        figures = {
+            "mean": cosines.mean(),
+            "median": np.median(cosines),
+            "p5": np.quantile(cosines, 0.05),
+            "p1": np.quantile(cosines, 0.01),
+            "min": cosines.min(),
+        }
+        assert one["cosine"] == pytest.approx(figures, abs=1e-6)
+        assert one["overlap"]["10"] == pytest.approx(metrics.overlap(reference, vectors, 10))
+
+
+def test_embed_gives_the_dumped_vectors(reported, tmp_path):
+    bundle, folder, _ = reported
+    options = ("--variant", "int8", *FP32, "--truncate")
+    lowmem("embed", bundle, folder / "dump" / "texts.jsonl", tmp_path / "v.npy", *options)
+    dumped = np.load(folder / "dump" / "int8-torch-cpu-fp32.npy")
+    cosines = np.einsum("ij,ij->i", np.load(tmp_path / "v.npy"), dumped)
+    assert (1 - cosines).max() < INVARIANCE
+
+
+def test_a_report_in_the_bundle_makes_a_plan_verified(reported):
+    bundle, _, done = reported
+    assert "pass" in done.stdout
+    assert (bundle / "reports" / "int8-torch-cpu-fp32.html").exists()
+    options = ("--variant", "int8", *FP32, "--floor", "loose", "--json")
+    plan = json.loads(lowmem("plan", bundle, *options).stdout)
+    assert plan["plans"][0]["fidelity"] == "verified"
+    assert "passes the floor loose" in plan["reason"]
+
+
+def test_a_report_below_the_floor_ends_with_status_3(bundle, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    options = ("--variant", "int4", *FP32, "--floor", "mean=1,p5=1,min=1")
+    done = lowmem("report", copy, *options, status=3)
+    assert "fail" in done.stdout
+    named = lowmem("plan", copy, "--variant", "int4", *FP32, "--floor", "mean=1,p5=1,min=1")
+    assert "asked for by name, though its report fails" in named.stdout
+
+
+def test_a_report_of_another_export_judges_nothing(reported, tmp_path):
+    bundle, _, _ = reported
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    report = copy / "reports" / "int8-torch-cpu-fp32.json"
+    value = json.loads(report.read_text())
+    report.write_text(json.dumps({**value, "artifact_sha256": "0" * 64}))
+    options = ("--variant", "int8", *FP32, "--floor", "loose", "--json")
+    assert json.loads(lowmem("plan", copy, *options).stdout)["plans"][0]["fidelity"] == "unverified"
+
+
+def test_info_verifies_and_names_strays(bundle, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    (copy / "notes.txt").write_text("mine")
+    assert "stray: notes.txt" in lowmem("info", copy, "--verify").stdout
+
+
+def test_info_names_every_damaged_file(bundle, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    for name in ("int4/config.json", "fp16/tokenizer.json"):
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+    done = lowmem("info", copy, "--verify", status=1)
+    assert done.stderr.startswith("lowmem: error: ")
+    assert "int4/config.json is damaged" in done.stderr
+    assert "fp16/tokenizer.json is damaged" in done.stderr
+
+
+def test_rows_of_a_file_may_be_queries_of_their_own(bundle, tmp_path):
+    rows = [
+        {"text": TEXTS[0]},
+        {"text": TEXTS[0], "input_type": "query", "task": "same"},
+        {"text": TEXTS[0], "input_type": "query"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lowmem("embed", bundle, file, tmp_path / "v.npy", "--variant", "fp16", *FP32)
+    vectors = np.load(tmp_path / "v.npy")
+    assert len({vector.tobytes() for vector in vectors}) == 3
+
+
+def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    options = ("--variant", "fp16", *FP32)
+    done = lowmem("embed", bundle, tmp_path / "t.txt", tmp_path / "v.jsonl", *options)
+    assert "plan fp16-torch-cpu-fp32-resident: no plan is verified" in done.stderr
+    assert done.stdout.startswith("2 vectors of 128 dimensions")
+    lines = (tmp_path / "v.jsonl").read_text().splitlines()
+    assert len(json.loads(lines[1])["embedding"]) == 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "nowhere"), "nowhere"),
+        (("embed", "BUNDLE", "missing.txt", "v.npy"), "missing.txt"),
+        (("embed", "BUNDLE", "t.txt", "v.csv"), "v.csv"),
+        (("embed", "BUNDLE", "t.txt", "v.npy", "--variant", "int3"), "variant must be auto or one"),
+        (("embed", "BUNDLE", "empty.txt", "v.npy"), "line 2 of empty.txt is empty"),
+        (("embed", "BUNDLE", "long.txt", "v.npy", "--variant", "fp16", *FP32), "line 2 of long"),
+        (("plan", "BUNDLE", "--floor", "high"), "strict, standard, loose"),
+        (("plan", "BUNDLE", "--engine", "jax"), "engine must be auto or one of"),
+        (("report", "BUNDLE", "--json", "no/where.json"), "its directory does not exist"),
+        (("export", "BUNDLE/fp16", "new"), "give --contract FILE"),
+        (("export", "nothing.gguf", "new", "--contract", "c.json"), "nothing.gguf"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else value[0],
+)
+def test_bad_input_gets_one_line_and_status_1(bundle, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("one\n")
+    (tmp_path / "empty.txt").write_text("one\n\nthree\n")
+    (tmp_path / "long.txt").write_text("one\n" + "word " * 500 + "\n")
+    words = [word.replace("BUNDLE", str(bundle)) for word in arguments]
+    done = lowmem(*words, status=1)
+    assert done.stdout == ""
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("lowmem: error: ")
+    assert message in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "v.npy").exists()
+
+
+def test_an_unknown_option_is_a_usage_error(bundle):
+    lowmem("plan", bundle, "--nonsense", status=2)

@@ -1,0 +1,88 @@
+from dataclasses import replace
+
+import pytest
+
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.variants import VARIANTS, formats_for
+from lowmem.errors import BackendError, InputError
+from lowmem.hardware import Gpu, Hardware
+from lowmem.planner.candidates import Subject, Wishes, candidates
+
+GIB = 2**30
+SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
+SUBJECT = Subject(
+    SEVEN_B,
+    4096,
+    "F16",
+    {name: formats_for(name, SEVEN_B, "F16") for name in VARIANTS},
+    {
+        "fp16": {"model.onnx": "fp32", "model_fp16.onnx": "fp16"},
+        "int8": {"model.onnx": "int8"},
+        "int4": {"model.onnx": "fp32", "model_int8.onnx": "int8"},
+    },
+)
+MODERN = Hardware("CPU", 8, ("avx512_bf16", "avx512_vnni"), 64 * GIB, 60 * GIB)
+OLD = Hardware("CPU", 4, ("avx2",), 16 * GIB, 12 * GIB)
+TINY = Hardware("CPU", 4, ("avx2", "avx512_vnni"), 8 * GIB, 6 * GIB)
+RTX_3060 = Gpu("RTX 3060", 12 * GIB, int(11.5 * GIB), (8, 6))
+
+
+def plans(machine, **wishes):
+    return {plan.id: plan for plan in candidates(SUBJECT, machine, Wishes(**wishes))}
+
+
+def test_half_precision_is_dropped_on_a_cpu_without_it():
+    found = plans(OLD)
+    assert "bf16 natively" in found["fp16-torch-cpu-bf16-resident"].dropped
+    assert "fp16 natively" in found["int4-torch-cpu-fp16-resident"].dropped
+    assert plans(MODERN)["fp16-torch-cpu-bf16-resident"].dropped is None
+
+
+def test_saturating_8_bit_kernels_are_dropped_without_vnni():
+    assert "saturate" in plans(OLD)["int8-onnxruntime-cpu-int8-resident"].dropped
+    assert plans(OLD)["int8-torch-cpu-int8-resident"].dropped is None
+    assert plans(MODERN)["int8-onnxruntime-cpu-int8-resident"].dropped is None
+
+
+def test_packed_codes_do_not_fit_a_small_host_in_onnxruntime():
+    assert "memory" in plans(TINY)["int8-onnxruntime-cpu-int8-resident"].dropped
+
+
+def test_streaming_is_needless_where_resident_fits_and_is_kept_when_asked_for():
+    assert "resident fits" in plans(MODERN)["int4-torch-cpu-fp32-streamed"].dropped
+    asked = plans(MODERN, schedule="streamed")
+    assert asked["int4-torch-cpu-fp32-streamed"].dropped is None
+
+
+def test_a_12_gib_card_streams_fp16_and_holds_int4():
+    found = plans(replace(MODERN, gpus=(RTX_3060,)))
+    assert "on the GPU" in found["fp16-torch-cuda-fp16-resident"].dropped
+    assert found["fp16-torch-cuda-fp16-streamed"].dropped is None
+    assert found["int4-torch-cuda-fp16-resident"].dropped is None
+
+
+def test_a_turing_card_has_no_bf16():
+    turing = Gpu("RTX 2080 Ti", 11 * GIB, 10 * GIB, (7, 5))
+    found = plans(replace(MODERN, gpus=(turing,)))
+    assert "no bf16" in found["int4-torch-cuda-bf16-resident"].dropped
+
+
+def test_a_plan_never_has_more_threads_than_the_machine():
+    assert {plan.threads for plan in plans(OLD).values()} == {4}
+
+
+@pytest.mark.parametrize("name", ["variant", "engine", "device", "compute", "schedule"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name):
+    with pytest.raises(InputError, match=rf"{name} must be auto or one of .*, got 'nonsense'"):
+        plans(MODERN, **{name: "nonsense"})
+
+
+def test_a_device_that_is_not_there_is_refused_with_the_reason():
+    machine = replace(MODERN, gpu_problem="the driver does not answer")
+    with pytest.raises(BackendError, match="no CUDA device: the driver does not answer"):
+        plans(machine, device="cuda")
+
+
+def test_a_combination_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match="no plan has variant bnb-nf4, engine onnxruntime"):
+        plans(MODERN, variant="bnb-nf4", engine="onnxruntime")

@@ -1,0 +1,61 @@
+import pytest
+
+from lowmem.artifact.verdict import FLOORS
+from lowmem.compute.plan import Plan
+from lowmem.planner.candidates import Wishes
+from lowmem.planner.choice import _best_tier, _explain
+
+FLOOR = FLOORS["standard"]
+
+
+def plan(variant="fp16", compute="fp32", fidelity="unverified", speed=None, dropped=None):
+    return Plan(
+        variant,
+        "torch",
+        "cpu",
+        compute,
+        "resident",
+        fidelity=fidelity,
+        tokens_per_second=speed,
+        dropped=dropped,
+    )
+
+
+def test_verified_plans_come_before_all_others():
+    verified = plan("int8", "int8", "verified")
+    tier, kind = _best_tier([plan(), verified, plan("int4", fidelity="failing")], Wishes())
+    assert (tier, kind) == ([verified], "verified")
+
+
+def test_without_a_report_the_16_bit_weights_in_fp32_or_bf16_are_trusted():
+    both = [plan(), plan(compute="bf16")]
+    tier, kind = _best_tier([*both, plan(compute="fp16"), plan("int8")], Wishes())
+    assert (tier, kind) == (both, "trusted")
+
+
+def test_a_failing_plan_is_never_chosen_by_itself():
+    assert _best_tier([plan("int4", fidelity="failing")], Wishes()) == ([], "none")
+
+
+def test_a_failing_plan_runs_when_its_variant_is_asked_for():
+    failing = plan("int4", fidelity="failing")
+    assert _best_tier([failing], Wishes(variant="int4")) == ([failing], "failing")
+
+
+def test_a_dropped_plan_is_never_chosen():
+    assert _best_tier([plan(dropped="does not fit")], Wishes()) == ([], "none")
+
+
+@pytest.mark.parametrize(
+    ("compute", "warned"), [("fp32", False), ("bf16", True)], ids=["fp32", "bf16"]
+)
+def test_an_unjudged_fp32_plan_needs_no_warning(compute, warned):
+    _, warning = _explain(plan(compute=compute), "trusted", 1, FLOOR)
+    assert (warning is not None) is warned
+
+
+def test_the_reason_names_the_floor_and_its_numbers():
+    reason, _ = _explain(plan("int8", fidelity="verified", speed=123.4), "verified", 3, FLOOR)
+    assert "the fastest of 3" in reason
+    assert "standard: mean 0.985, p5 0.965, min 0.9" in reason
+    assert "123 tokens/s" in reason

@@ -1,0 +1,47 @@
+from dataclasses import replace
+
+import pytest
+
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.variants import formats_for
+from lowmem.compute.plan import Plan
+from lowmem.planner import memory
+
+GIB = 2**30
+SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
+
+
+def predict(variant, device="cpu", compute="fp32", schedule="resident", engine="torch", **changes):
+    plan = replace(Plan(variant, engine, device, compute, schedule), **changes)
+    return memory.predict(plan, SEVEN_B, "F16", formats_for(variant, SEVEN_B, "F16"))
+
+
+def test_mapped_weights_cost_a_cpu_plan_nothing():
+    hosts = {predict(variant)[0] for variant in ("fp16", "int8", "int4", "bnb-nf4")}
+    assert len(hosts) == 1
+    assert hosts.pop() < 2 * GIB
+
+
+def test_onnxruntime_packs_codes_and_maps_16_bit_weights():
+    packed = predict("int8", engine="onnxruntime")[0] - predict("fp16", engine="onnxruntime")[0]
+    assert packed > 0.9 * SEVEN_B.linear_weights
+
+
+def test_a_cpu_plan_needs_no_device_memory():
+    assert predict("int4")[1] == 0
+
+
+def test_resident_on_a_device_holds_all_weights_and_streamed_two_layers():
+    resident = predict("fp16", "cuda", "fp16")[1]
+    streamed = predict("fp16", "cuda", "fp16", "streamed")[1]
+    layers = 2 * SEVEN_B.linear_weights
+    assert resident - streamed == pytest.approx(layers * 30 / 32)
+
+
+def test_memory_grows_with_the_token_budget():
+    small = predict("int4", batch_tokens=1024, window_tokens=1024)[0]
+    assert predict("int4", batch_tokens=8192, window_tokens=8192)[0] > small
+
+
+def test_16_bit_weights_in_their_own_dtype_need_no_scratch():
+    assert predict("fp16", compute="fp16")[0] < predict("int8", compute="fp16")[0]

@@ -1,0 +1,89 @@
+"""One plan in a child process: what it reports, and what a crash becomes."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lowmem import measure as measure_module
+from lowmem.compute.plan import Plan
+from lowmem.data import Row
+from lowmem.errors import BackendError, InputError
+from lowmem.measure import MemoryPeak, measure
+from tests.models import TEXTS
+
+PLAN = Plan("fp16", "torch", "cpu", "fp32", "resident")
+ROWS = [Row(str(number), text) for number, text in enumerate(TEXTS)]
+
+
+def test_a_record_counts_texts_and_tokens_and_shows_speed_and_memory(tiny_bundle, tmp_path):
+    record = measure(tiny_bundle, PLAN, ROWS, repeats=2, vectors=tmp_path / "vectors.npy")
+    assert record.texts == len(ROWS)
+    assert record.tokens > 2 * len(ROWS)
+    assert len(record.seconds) == 2
+    assert record.tokens_per_second > 0
+    assert 20 * 2**20 < record.peak_host_bytes < 2**30
+    assert "torch" in record.versions
+    vectors = np.load(tmp_path / "vectors.npy")
+    assert vectors.shape == (len(ROWS), 128)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+
+
+def test_an_error_of_the_child_keeps_its_class_and_text(tiny_bundle):
+    with pytest.raises(InputError, match="no variant 'int3'"):
+        measure(tiny_bundle, PLAN.with_(variant="int3"), ROWS)
+
+
+def test_a_killed_child_becomes_a_reason(tiny_bundle, monkeypatch):
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    _replace_child(monkeypatch, code)
+    with pytest.raises(BackendError, match="was ended by SIGKILL, as the system does"):
+        measure(tiny_bundle, PLAN, ROWS)
+
+
+def test_a_crashed_child_becomes_its_last_line(tiny_bundle, monkeypatch):
+    _replace_child(monkeypatch, "raise RuntimeError('the device is on fire')")
+    with pytest.raises(BackendError, match="failed: RuntimeError: the device is on fire"):
+        measure(tiny_bundle, PLAN, ROWS)
+
+
+def test_a_child_that_hangs_is_given_up(tiny_bundle, monkeypatch):
+    _replace_child(monkeypatch, "import time; time.sleep(60)")
+    with pytest.raises(BackendError, match="took more than"):
+        measure(tiny_bundle, PLAN, ROWS, timeout_seconds=0.5)
+
+
+def test_the_peak_counts_what_children_hold():
+    code = (
+        "import subprocess, sys; "
+        "subprocess.run([sys.executable, '-c', "
+        "'import time; block = bytearray(200 * 2**20); time.sleep(0.5)'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as process, MemoryPeak(process.pid) as peak:
+        process.wait()
+    assert peak.bytes > 200 * 2**20
+
+
+def test_a_mapped_file_is_no_memory_of_the_process(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(200 * 2**20))
+    code = (
+        "import mmap, sys, time; file = open(sys.argv[1], 'rb'); "
+        "data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); "
+        "total = sum(data[::4096]); time.sleep(0.5)"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    with subprocess.Popen(command) as process, MemoryPeak(process.pid) as peak:
+        process.wait()
+    assert peak.bytes < 50 * 2**20
+
+
+def _replace_child(monkeypatch, code):
+    real = subprocess.Popen
+
+    def start(command, **options):
+        return real([sys.executable, "-c", code], **{**options, "env": dict(os.environ)})
+
+    monkeypatch.setattr(measure_module.subprocess, "Popen", start)

@@ -1,0 +1,541 @@
+import csv
+import errno
+import json
+import os
+import resource
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from lowmem.data import Row
+from lowmem.errors import BackendError, CapacityError, InputError
+from lowmem.text.files import InputRow, check_output, read_rows, write_vectors
+
+ROWS = [Row("a", "x"), Row('b"\u2028', "y"), Row("3", "z")]
+VECTORS = np.array([[0.1, -1e-8], [1.0, 3.4e38], [1 / 3, 0.0]], np.float32)
+OUTPUTS = ["out.npy", "out.jsonl", "out.parquet"]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    """Writes a file byte by byte as given, and returns its path."""
+
+    def write(name: str, data: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        return path
+
+    return write
+
+
+Written = Callable[[str, str | bytes], Path]
+
+
+def texts(path: Path) -> list[str]:
+    return [row.text for row in read_rows(path)]
+
+
+def problem(path: Path, column: str = "text") -> str:
+    """Returns the error, with the directory of ``path`` left out."""
+    with pytest.raises(InputError) as caught:
+        read_rows(path, column=column)
+    return str(caught.value).replace(f"{path.parent}{os.sep}", "")
+
+
+def test_a_text_file_has_one_text_a_line(written: Written) -> None:
+    assert read_rows(written("x.txt", "one\n two \n")) == [
+        InputRow("1", "one", line=1),
+        InputRow("2", " two ", line=2),
+    ]
+
+
+@pytest.mark.parametrize("data", ["a\nb", "a\nb\n", "a\r\nb\r\n", "a\r\nb"])
+def test_one_newline_at_the_end_makes_no_row(written: Written, data: str) -> None:
+    assert texts(written("x.txt", data)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "separator",
+    ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r", "\0", "\r\r"],
+)
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_other_line_separators_are_text(written: Written, name: str, separator: str) -> None:
+    text = f"a{separator}b"
+    line = json.dumps({"text": text}, ensure_ascii=False) if name == "x.jsonl" else text
+    assert texts(written(name, f"{line}\r\nc\r\n" if name == "x.txt" else line))[0] == text
+
+
+def test_a_carriage_return_without_a_newline_is_text(written: Written) -> None:
+    assert texts(written("x.txt", "a\r\r\nb\r")) == ["a\r", "b\r"]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("x.txt", "a\n"), ("x.jsonl", '{"text": "a"}\n'), ("x.csv", "text\na\n")]
+)
+def test_a_byte_order_mark_is_removed_at_the_start_only(
+    written: Written, name: str, line: str
+) -> None:
+    assert texts(written(name, "\ufeff" + line)) == ["a"]
+    assert texts(written("y.txt", "\ufeffa\n\ufeffb")) == ["a", "\ufeffb"]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
+def test_a_file_of_no_bytes_has_no_rows(written: Written, name: str) -> None:
+    assert read_rows(written(name, "")) == []
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\u3000", "\u2028", "\r"])
+def test_a_blank_line_is_refused_with_its_number(written: Written, blank: str) -> None:
+    path = written("x.txt", f"a\nb\n{blank}\nc\n")
+    assert problem(path) == "line 3 of x.txt is empty: every row needs a text"
+
+
+def test_the_first_ten_bad_rows_are_listed_and_the_others_counted(written: Written) -> None:
+    message = problem(written("x.txt", "\n" * 12))
+    assert message.startswith("line 1 of x.txt is empty: every row needs a text; line 2 is empty")
+    assert message.endswith("; line 10 is empty: every row needs a text; and 2 more")
+
+
+def test_a_line_that_is_not_utf8_is_named_with_its_byte_in_the_file(written: Written) -> None:
+    path = written("x.txt", b"\xef\xbb\xbfab\nc\xe9d\n\nok\n")
+    assert problem(path) == (
+        "line 2 of x.txt is not UTF-8, at byte 7 of the file; "
+        "line 3 is empty: every row needs a text"
+    )
+
+
+def test_a_utf16_file_is_refused(written: Written) -> None:
+    message = problem(written("x.txt", "ab".encode("utf-16")))
+    assert message == "line 1 of x.txt is not UTF-8, at byte 0 of the file"
+
+
+def test_encoded_surrogates_are_not_utf8(written: Written) -> None:
+    assert "is not UTF-8" in problem(written("x.txt", b"\xed\xa0\x80\n"))
+
+
+def test_options_hold_for_every_row(written: Written) -> None:
+    [row] = read_rows(written("x.txt", "a"), input_type="query", task="Find it")
+    assert (row.input_type, row.task) == ("query", "Find it")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_type": "Query"}, "input_type must be 'query' or 'document', got 'Query'"),
+        ({"task": " "}, "task must be a text that is not empty, got ' '"),
+    ],
+)
+def test_a_wrong_option_is_refused(written: Written, options: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        read_rows(written("x.txt", "a"), **options)
+
+
+def test_a_suffix_in_capitals_is_known(written: Written) -> None:
+    assert texts(written("x.TXT", "a")) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x", "txt"])
+def test_an_unknown_suffix_names_the_known_ones(written: Written, name: str) -> None:
+    message = f"an input file must end in .txt, .jsonl, .csv or .parquet, got {name}"
+    assert problem(written(name, "a")) == message
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path, suffix: str) -> None:
+    missing, directory = tmp_path / f"none{suffix}", tmp_path / f"directory{suffix}"
+    directory.mkdir()
+    assert problem(missing) == f"none{suffix} cannot be read: No such file or directory"
+    assert problem(directory) == f"directory{suffix} cannot be read: Is a directory"
+
+
+def test_a_file_without_permission_is_an_error(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = written("x.txt", "a")
+    monkeypatch.setattr(Path, "open", denied)
+    assert problem(path) == "x.txt cannot be read: Permission denied"
+
+
+def test_own_keys_of_a_row_override_the_options(written: Written) -> None:
+    lines = [
+        {"text": "a"},
+        {"text": "b", "input_type": "document", "id": "B", "lang": "de"},
+        {"text": "c", "task": "Own", "id": 7, "input_type": "query"},
+        {"text": "d", "task": None, "id": None, "input_type": None},
+    ]
+    path = written("x.jsonl", "\n".join(map(json.dumps, lines)))
+    assert read_rows(path, input_type="query", task="Given") == [
+        InputRow("1", "a", "query", "Given", line=1),
+        InputRow("B", "b", "document", None, line=2),
+        InputRow("7", "c", "query", "Own", line=3),
+        InputRow("4", "d", "query", "Given", line=4),
+    ]
+
+
+def test_the_text_is_in_the_named_column(written: Written) -> None:
+    path = written("x.jsonl", '{"text": "no", "task": "yes"}')
+    [row] = read_rows(path, column="task")
+    assert (row.text, row.task) == ("yes", None)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "is empty: every line must hold a JSON object"),
+        (" ", "is empty: every line must hold a JSON object"),
+        ('{"text": "  "}', "is empty: every row needs a text"),
+        ('{"text": null}', "is empty: every row needs a text"),
+        ('{"text": ["a"]}', "must have a string in 'text', got ['a']"),
+        ('{"body": "a", "id": 1}', "must have 'text', got 'body', 'id'"),
+        ("{}", "must have 'text', got nothing"),
+        ('"a"', "must hold an object, got a string"),
+        ('{"text": "a"', "is not JSON at column 13: Expecting ',' delimiter"),
+        ('{"text": "a"} {"text": "b"}', "is not JSON at column 15: Extra data"),
+        ('{"text": "a", "text": "b"}', "repeats the key 'text'"),
+        ('{"text": "a", "score": NaN}', "holds NaN, which is not JSON"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "holds an integer of more than 20 digits, "),
+        ('{"text": ' + "[" * 100_000, "is nested deeper than 64 levels"),
+        ('{"text": "\\ud800"}', "holds half of a surrogate pair, U+D800, in a string"),
+        ('{"text": "a", "id": true}', "must have a string or a whole number as id, got True"),
+        ('{"text": "a", "id": 1.5}', "must have a string or a whole number as id, got 1.5"),
+        (
+            '{"text": "a", "input_type": "passage"}',
+            "is refused: input_type must be 'query' or 'document', got 'passage'",
+        ),
+        (
+            '{"text": "a", "input_type": []}',
+            "is refused: input_type must be 'query' or 'document', got []",
+        ),
+        ('{"text": "a", "task": 5}', "is refused: task must be a text that is not empty, got 5"),
+        ('{"text": "a", "task": ""}', "is refused: task must be a text that is not empty, got ''"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_line(written: Written, line: str, message: str) -> None:
+    found = problem(written("x.jsonl", f'{{"text": "good"}}\n{line}\n{{"text": "good"}}\n'))
+    assert found.startswith(f"line 2 of x.jsonl {message}")
+    assert ";" not in found
+
+
+def test_of_many_keys_the_first_are_listed(written: Written) -> None:
+    path = written("x.jsonl", json.dumps(dict.fromkeys(map(str, range(12)))))
+    assert problem(path).endswith(
+        "got '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', and 2 more"
+    )
+
+
+def test_a_csv_field_may_span_lines(written: Written) -> None:
+    path = written("x.csv", 'id,text\r\na,"one\r\ntwo\nthree"\r\n,"say ""x"", y"\r\n')
+    assert read_rows(path) == [
+        InputRow("a", "one\r\ntwo\nthree", line=2),
+        InputRow("5", 'say "x", y', line=5),
+    ]
+
+
+def test_csv_columns_override_the_options_where_they_are_filled(written: Written) -> None:
+    path = written("x.csv", "input_type,task,body\nquery,Own,a\n,,b\n")
+    assert read_rows(path, column="body", task="Given") == [
+        InputRow("2", "a", "query", "Own", line=2),
+        InputRow("3", "b", "document", "Given", line=3),
+    ]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0b", "\x0c", "\0"])
+def test_other_line_separators_are_text_in_csv(written: Written, separator: str) -> None:
+    assert texts(written("x.csv", f"text\na{separator}b\n")) == [f"a{separator}b"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("", "x.csv must have 'text', got nothing"),
+        ("id,body\n1,a\n", "x.csv must have 'text', got 'id', 'body'"),
+        ("text,id,text\na,1,b\n", "x.csv must have each column once, got several 'text'"),
+        ("text\na\n\n", "line 3 of x.csv is empty: every row needs a text"),
+        ('text\n" "\n', "line 2 of x.csv is empty: every row needs a text"),
+        ("text,n\na\nb,2\n", "line 2 of x.csv must have 2 fields, got 1"),
+        ('text\n"a\nb"c\n', "line 2 of x.csv is not CSV: ',' expected after '\"'"),
+        ('text\nok\n"a\nb\n', "line 3 of x.csv is not CSV: unexpected end of data"),
+        (b"text\na\n\xff\n", "line 3 of x.csv is not UTF-8, at byte 7 of the file"),
+    ],
+)
+def test_a_bad_csv_is_refused(written: Written, data: str | bytes, message: str) -> None:
+    assert problem(written("x.csv", data)) == message
+
+
+def test_a_csv_with_only_a_header_has_no_rows(written: Written) -> None:
+    assert read_rows(written("x.csv", "text\n")) == []
+
+
+def test_the_csv_field_limit_of_the_process_is_restored(written: Written) -> None:
+    before = csv.field_size_limit()
+    assert len(texts(written("x.csv", f"text\n{'a' * 1_000_000}\n"))[0]) == 1_000_000
+    problem(written("x.csv", "none\n"))
+    assert csv.field_size_limit() == before
+
+
+def parquet(path: Path, **columns: list[object]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+    return path
+
+
+def test_a_parquet_file_is_read(tmp_path: Path) -> None:
+    path = parquet(
+        tmp_path / "x.parquet",
+        text=["a", "b\n", "c"],
+        id=[5, None, 7],
+        input_type=["query", None, "document"],
+        other=[[1], [2], [3]],
+    )
+    assert read_rows(path) == [
+        InputRow("5", "a", "query", line=1),
+        InputRow("2", "b\n", line=2),
+        InputRow("7", "c", line=3),
+    ]
+
+
+def test_bad_rows_of_a_parquet_file_are_listed(tmp_path: Path) -> None:
+    assert problem(parquet(tmp_path / "x.parquet", text=["a", None, "c", ""])) == (
+        "row 2 of x.parquet is empty: every row needs a text; "
+        "row 4 is empty: every row needs a text"
+    )
+    assert problem(parquet(tmp_path / "x.parquet", text=[5])) == (
+        "row 1 of x.parquet must have a string in 'text', got 5"
+    )
+
+
+def test_a_missing_column_of_a_parquet_file_lists_the_others(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "x.parquet", body=["a"], id=["b"])
+    assert problem(path) == "x.parquet must have 'text', got 'body', 'id'"
+
+
+@pytest.mark.parametrize("data", [b"", b"text\na\n", b"PAR1" + b"\xff" * 40 + b"PAR1"])
+def test_what_is_not_parquet_is_refused(written: Written, data: bytes) -> None:
+    assert problem(written("x.parquet", data)).startswith("x.parquet cannot be read")
+
+
+def test_text_of_a_parquet_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    array = pyarrow.array([b"\xff"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"text": array}), tmp_path / "x.parquet")
+    assert "cannot be read as Parquet" in problem(tmp_path / "x.parquet")
+
+
+def test_without_pyarrow_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = parquet(tmp_path / "x.parquet", text=["a"])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(BackendError, match=r"reading a \.parquet file .* 'lowmem\[files\]'"):
+        read_rows(path)
+    with pytest.raises(BackendError, match=r"writing a \.parquet file .* 'lowmem\[files\]'"):
+        check_output(tmp_path / "out.parquet")
+
+
+def test_many_rows_take_memory_for_their_texts_only(written: Written) -> None:
+    path = written("x.jsonl", f'{{"text": "{"a" * 80}"}}\n' * 20_000)
+    tracemalloc.start()
+    try:
+        rows = read_rows(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 20_000
+    assert peak < 20_000 * 600
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.csv"])
+def test_a_text_of_a_million_characters_is_read(written: Written, name: str) -> None:
+    text = "é" * 1_000_000
+    lines = {"x.txt": text, "x.jsonl": json.dumps({"text": text}), "x.csv": f"text\n{text}"}
+    assert texts(written(name, lines[name])) == [text]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_can_be_written_passes(tmp_path: Path, name: str) -> None:
+    check_output(tmp_path / name, source=tmp_path / "none.txt")
+    (tmp_path / name).touch()
+    check_output(tmp_path / name, source=tmp_path / "none.txt")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_output_in_the_working_directory_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_output(Path("out.npy"))
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "directory.npy").mkdir()
+    for name, message in {
+        "out.csv": r"must end in \.npy, \.parquet or \.jsonl",
+        "none/out.npy": "directory must exist",
+        "directory.npy": "must be a regular file",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            check_output(tmp_path / name)
+
+
+def test_vectors_are_not_written_to_an_unknown_suffix(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must end in \.npy, \.parquet or \.jsonl"):
+        write_vectors(tmp_path / "out.csv", ROWS, VECTORS)
+
+
+def test_an_output_in_a_directory_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="directory must be writable"):
+        check_output(tmp_path / "out.npy")
+
+
+def test_an_output_that_is_the_input_is_refused(written: Written) -> None:
+    source = written("x.jsonl", "{}")
+    link = source.with_name("link.jsonl")
+    link.symlink_to(source)
+    for output in (source, link):
+        with pytest.raises(InputError, match="must be another file than the input"):
+            check_output(output, source=source)
+
+
+def read_vectors(path: Path) -> tuple[list[str] | None, NDArray[np.float32]]:
+    """Returns the ids, where the file has them, and the vectors."""
+    if path.suffix == ".npy":
+        return None, np.load(path)
+    if path.suffix == ".jsonl":
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        vectors = np.array([line["embedding"] for line in lines], np.float32)
+        return [line["id"] for line in lines], vectors
+    table = pyarrow.parquet.read_table(path)
+    assert table.schema.field("embedding").type == pyarrow.list_(pyarrow.float32(), 2)
+    flat = table["embedding"].combine_chunks().flatten().to_numpy()
+    return table["id"].to_pylist(), flat.reshape(-1, 2)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("vectors", [VECTORS, np.asfortranarray(VECTORS), VECTORS[::-1]])
+def test_vectors_are_read_as_they_were_written(
+    tmp_path: Path, name: str, vectors: NDArray[np.float32]
+) -> None:
+    path = tmp_path / name
+    path.write_text("what was there before")
+    write_vectors(path, ROWS, vectors)
+    ids, found = read_vectors(path)
+    assert ids in (None, [row.id for row in ROWS])
+    assert found.dtype == np.float32
+    assert np.array_equal(found, vectors)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_no_rows_give_a_file_without_rows(tmp_path: Path, name: str) -> None:
+    write_vectors(tmp_path / name, [], np.zeros((0, 2), np.float32))
+    assert len(read_vectors(tmp_path / name)[1]) == 0
+
+
+def test_numbers_in_jsonl_are_the_shortest(tmp_path: Path) -> None:
+    write_vectors(tmp_path / "out.jsonl", ROWS[:1], np.array([[0.1, 1e-8]], np.float32))
+    assert (tmp_path / "out.jsonl").read_text() == '{"id": "a", "embedding": [0.1, 1e-08]}\n'
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+def test_every_float32_survives_jsonl(
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[float]
+) -> None:
+    path = tmp_path_factory.mktemp("floats") / "out.jsonl"
+    vectors = np.array([numbers], np.float32)
+    write_vectors(path, ROWS[:1], vectors)
+    found = np.array([json.loads(path.read_text())["embedding"]], np.float32)
+    assert found.tobytes() == vectors.tobytes()
+
+
+def test_the_permissions_of_an_output_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_vectors(tmp_path / "out.npy", ROWS, VECTORS)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out.npy").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_output_behind_a_link_is_written_where_it_points(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "out.npy"
+    link.symlink_to(tmp_path / "elsewhere" / "real.npy")
+    write_vectors(link, ROWS, VECTORS)
+    assert link.is_symlink()
+    assert np.array_equal(np.load(tmp_path / "elsewhere" / "real.npy"), VECTORS)
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        VECTORS.astype(np.float64),
+        VECTORS[:2],
+        VECTORS[0],
+        np.array([[np.nan], [1], [1]], np.float32),
+        np.array([[np.inf], [1], [1]], np.float32),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused(tmp_path: Path, vectors: NDArray[np.float32]) -> None:
+    with pytest.raises(InputError, match=r"vectors must be finite float32 \[3, dim\], got float"):
+        write_vectors(tmp_path / "out.npy", ROWS, vectors)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def _small_files() -> Iterator[None]:
+    """Lets this process write files of at most a thousand bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("_small_files")
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_without_room_the_old_file_stays_and_nothing_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("old")
+    vectors = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32)
+    with pytest.raises(CapacityError, match=rf"{name} cannot be written: File too large"):
+        write_vectors(tmp_path / name, ROWS, vectors)
+    assert (tmp_path / name).read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, CapacityError), (errno.EIO, InputError)]
+)
+def test_a_failing_disk_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(kind, match=f"cannot be written: {os.strerror(number)}"):
+        write_vectors(tmp_path / "out.npy", ROWS, VECTORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_vectors(tmp_path / "out.npy", ROWS, VECTORS)
+    assert list(tmp_path.iterdir()) == []
