@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import errno
 import json
@@ -494,21 +495,23 @@ def test_vectors_that_do_not_fit_are_refused(tmp_path: Path, vectors: NDArray[np
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def _small_files() -> Iterator[None]:
-    """Lets this process write files of at most a thousand bytes."""
+@contextlib.contextmanager
+def small_files() -> Iterator[None]:
+    """Lets this process write files of at most a thousand bytes, pytest's own output included."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("_small_files")
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_without_room_the_old_file_stays_and_nothing_else(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("old")
     vectors = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32)
-    with pytest.raises(CapacityError, match=rf"{name} cannot be written: File too large"):
+    refused = pytest.raises(CapacityError, match=rf"{name} cannot be written: File too large")
+    with refused, small_files():
         write_vectors(tmp_path / name, ROWS, vectors)
     assert (tmp_path / name).read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == [name]
