@@ -120,7 +120,17 @@ class StoredTensor:
             BundleError: The file has vanished or has become shorter.
         """
         array = np.empty(self.shape, DTYPES[self.dtype])
-        view = array.reshape(-1).view(np.uint8).data if array.nbytes else memoryview(b"")
+        if array.nbytes:
+            self.read_into(array.reshape(-1).view(np.uint8))
+        return RawTensor(self.dtype, array)
+
+    def read_into(self, data: NDArray[np.uint8]) -> None:
+        """Copies the tensor's bytes from disk into memory that is there, uint8 ``[nbytes]``.
+
+        Raises:
+            BundleError: The file has vanished or has become shorter.
+        """
+        view = data.data
         try:
             with self.path.open("rb", buffering=0) as file:
                 done = 0
@@ -131,7 +141,6 @@ class StoredTensor:
                     done += got
         except OSError as error:
             raise BundleError(f"{self.path} cannot be read: {error}") from error
-        return RawTensor(self.dtype, array)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

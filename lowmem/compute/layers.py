@@ -27,7 +27,7 @@ from lowmem.compute.decoder import (
     decode_layer,
     rms_norm,
 )
-from lowmem.compute.operations.linear import Linear, to_torch
+from lowmem.compute.operations.linear import Linear
 from lowmem.compute.pooling import mean_pool
 from lowmem.text.batching import PackedBatch
 
@@ -58,10 +58,10 @@ class _Step:
     pooling_mask: Tensor
 
 
-def load_layer(weights: LayerWeights, device: str) -> DecoderLayer:
-    """One layer's tensors on the device; on a CPU they stay where they are mapped."""
-    linears = {name: Linear.load(linear, device) for name, linear in weights.linears.items()}
-    norms = {name: to_torch(norm, device) for name, norm in weights.norms.items()}
+def load_layer(weights: LayerWeights, place: Callable[[RawTensor], Tensor]) -> DecoderLayer:
+    """One layer, with each of its tensors where ``place`` puts it."""
+    linears = {name: Linear.load(linear, place) for name, linear in weights.linears.items()}
+    norms = {name: place(norm) for name, norm in weights.norms.items()}
     return DecoderLayer(
         index=weights.index,
         input_norm=norms["input_layernorm"],

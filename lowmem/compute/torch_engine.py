@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.tensors import StoredTensor
 from lowmem.artifact.weights import Checkpoint
-from lowmem.compute.decoder import DecoderLayer
-from lowmem.compute.layers import Ends, Observer, load_layer, run
+from lowmem.compute.layers import Ends, Observer, run
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
+from lowmem.compute.streaming import LayerStream
 from lowmem.errors import BackendError, CapacityError
 from lowmem.text.batching import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 # torch says only in words that the host's memory, or that of cuBLAS, is used up.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -37,6 +40,7 @@ class TorchEngine:
         device: str = "cpu",
         compute: str = "fp32",
         schedule: str = "resident",
+        kept_layers: int = 0,
         threads: int | None = None,
     ) -> None:
         """Brings the weights to where the schedule wants them.
@@ -47,7 +51,8 @@ class TorchEngine:
             device: ``cpu`` or ``cuda``.
             compute: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
             schedule: ``resident`` keeps the weights on the device (on a CPU: mapped);
-                ``streamed`` reads each layer from disk when its turn comes, and drops it.
+                ``streamed`` reads layers from disk while others compute.
+            kept_layers: How many layers a streamed plan keeps all the same.
             threads: CPU threads of this process's torch, or None to leave them.
 
         Raises:
@@ -66,14 +71,16 @@ class TorchEngine:
         self.hidden_size = checkpoint.config.hidden_size
         self._config = checkpoint.config
         self._contract = contract
-        self._checkpoint = checkpoint
         self._device = device
         self._ops = PlainOperations(compute, checkpoint.config.rms_norm_eps)
-        self._resident: list[DecoderLayer] | None = None
+        self._is_resident = schedule == "resident"
+        self._times_out_of_memory = 0
+        self._most_tokens: int | None = None
+        if self._is_resident:
+            kept_layers = checkpoint.config.num_hidden_layers
         try:
             self._ends = Ends(checkpoint.embedding(), to_torch(checkpoint.final_norm(), device))
-            if schedule == "resident":
-                self._resident = [load_layer(layer, device) for layer in checkpoint.layers()]
+            self._layers = LayerStream(checkpoint, device, kept_layers)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 f"the weights of {checkpoint.directory.name} do not fit the {device} device: "
@@ -98,27 +105,54 @@ class TorchEngine:
         with torch.inference_mode():
             if on_layer is not None:
                 return self._run(batches, on_layer)
-            if self._resident is None:
-                return _split_until_it_fits(self._run, batches, self._device)
-            return [
-                vectors
-                for batch in batches
-                for vectors in _split_until_it_fits(self._run, [batch], self._device)
-            ]
+            parts = [[batch] for batch in batches] if self._is_resident else [batches]
+            return [vectors for part in parts for vectors in self._run_within_memory(part)]
+
+    def _run_within_memory(self, batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
+        """Runs batches; where that is too much at once, in two halves, down to single texts."""
+        tokens = sum(batch.tokens for batch in batches)
+        texts = sum(batch.texts for batch in batches)
+        if texts == 1 or self._most_tokens is None or tokens <= self._most_tokens:
+            try:
+                return self._run(batches)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            self._ran_out(tokens)
+        if texts == 1:
+            whole = batches[0].without_prefix().tokens
+            raise CapacityError(
+                f"a text of {whole} tokens does not fit the memory of the {self._device} device: "
+                "choose a smaller variant, --schedule streamed, or shorter texts"
+            )
+        if len(batches) > 1:
+            middle = len(batches) // 2
+            first = self._run_within_memory(batches[:middle])
+            return first + self._run_within_memory(batches[middle:])
+        halves = [self._run_within_memory([half])[0] for half in batches[0].split()]
+        return [np.concatenate(halves)]
+
+    def _ran_out(self, tokens: int) -> None:
+        """Once may be another process's doing; from the second time on passes are smaller."""
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+        self._times_out_of_memory += 1
+        if self._times_out_of_memory > 1:
+            self._most_tokens = max(1, tokens // 2)
+            logger.warning(
+                "memory of the %s device ran out again: a pass has at most %d tokens from now on",
+                self._device,
+                self._most_tokens,
+            )
 
     def _run(
         self, batches: Sequence[PackedBatch], on_layer: Observer | None = None
     ) -> list[NDArray[np.float32]]:
-        vectors = run(
-            self._ops, self._layers(), batches, self._ends, self._config, self._contract, on_layer
-        )
+        with contextlib.closing(iter(self._layers)) as layers:
+            vectors = run(
+                self._ops, layers, batches, self._ends, self._config, self._contract, on_layer
+            )
         return [vector.cpu().numpy() for vector in vectors]
-
-    def _layers(self) -> Iterable[DecoderLayer]:
-        if self._resident is not None:
-            return self._resident
-        read = StoredTensor.read
-        return (load_layer(layer, self._device) for layer in self._checkpoint.layers(read))
 
 
 def _float32_precision() -> str:
@@ -126,34 +160,6 @@ def _float32_precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # so torch answers where the precision was set for one backend alone
         return "one backend's fp32_precision"
-
-
-def _split_until_it_fits(
-    embed: Callable[[Sequence[PackedBatch]], list[NDArray[np.float32]]],
-    batches: Sequence[PackedBatch],
-    device: str,
-) -> list[NDArray[np.float32]]:
-    """Runs batches; when memory runs out, in two halves, down to single texts."""
-    try:
-        return embed(batches)
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    if len(batches) > 1:
-        middle = len(batches) // 2
-        first = _split_until_it_fits(embed, batches[:middle], device)
-        return first + _split_until_it_fits(embed, batches[middle:], device)
-    (batch,) = batches
-    if batch.texts == 1:
-        tokens = batch.without_prefix().tokens
-        raise CapacityError(
-            f"a text of {tokens} tokens does not fit the memory of the {device} device: choose a "
-            "smaller variant, --schedule streamed, or shorter texts"
-        )
-    halves = [_split_until_it_fits(embed, [half], device)[0] for half in batch.split()]
-    return [np.concatenate(halves)]
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

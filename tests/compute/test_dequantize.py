@@ -23,7 +23,7 @@ from lowmem.artifact.tensors import RawTensor
 from lowmem.artifact.weights import LinearWeights
 from lowmem.compute.operations import dequantize
 from lowmem.compute.operations.dequantize import dequantize_into
-from lowmem.compute.operations.linear import Linear
+from lowmem.compute.operations.linear import Linear, to_torch
 
 # Other processes may hold the cores for seconds.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -98,7 +98,7 @@ def restored(weights: LinearWeights, dtype: torch.dtype) -> Tensor:
     size = weights.out_features * weights.in_features
     scratch = torch.full((size + 128,), torch.nan, dtype=dtype)
     weight = scratch[64 : 64 + size].view(weights.out_features, weights.in_features)
-    dequantize_into(weight, Linear.load(weights, "cpu"))
+    dequantize_into(weight, Linear.load(weights, to_torch))
     assert scratch[:64].isnan().all()
     assert scratch[64 + size :].isnan().all()
     return weight

@@ -15,7 +15,7 @@ from lowmem.artifact.formats import Format, Int8Channel, Plain
 from lowmem.artifact.tensors import RawTensor
 from lowmem.artifact.weights import LinearWeights
 from lowmem.compute.decoder import rms_norm
-from lowmem.compute.operations.linear import Linear
+from lowmem.compute.operations.linear import Linear, to_torch
 from lowmem.compute.operations.plain import PlainOperations, round_rows
 from tests.tolerances import ROUNDED_ROWS, UNIT_ROUNDOFF, gamma
 
@@ -25,7 +25,7 @@ Codes = NDArray[np.int8]
 
 def linear(form: Format, **tensors: RawTensor) -> Linear:
     rows, columns = tensors["weight"].shape
-    return Linear.load(LinearWeights(form, rows, columns, tensors), "cpu")
+    return Linear.load(LinearWeights(form, rows, columns, tensors), to_torch)
 
 
 def channel(codes: Codes, *, rounds: bool = True, scale: float = 1 / 127) -> Linear:
@@ -218,7 +218,7 @@ def test_one_scratch_serves_all_linears(monkeypatch: pytest.MonkeyPatch) -> None
     linears = [channel(random_codes(rows, 64, seed=rows)) for rows in (80, 8, 80, 33)]
     expected = [product("fp32", states, weights) for weights in linears]
     monkeypatch.setattr(torch, "empty", counted)
-    got = [ops.project_add(states, part, torch.zeros(2, 1), 0) for part in linears]
+    got = [ops.project_add(states, part, torch.zeros(2, part.out_features), 0) for part in linears]
     assert sizes == [80 * 64]
     assert all(map(torch.equal, got, expected))
 

@@ -138,13 +138,13 @@ def test_a_streamed_plan_reads_each_layer_once_for_a_window(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, window_tokens: int, passes: int
 ) -> None:
     reads: list[StoredTensor] = []
-    plain = StoredTensor.read
+    plain = StoredTensor.read_into
 
-    def counted(stored: StoredTensor) -> RawTensor:
+    def counted(stored: StoredTensor, data: NDArray[np.uint8]) -> None:
         reads.append(stored)
-        return plain(stored)
+        plain(stored, data)
 
-    monkeypatch.setattr(StoredTensor, "read", counted)
+    monkeypatch.setattr(StoredTensor, "read_into", counted)
     model = runner(bundle, schedule="streamed", window_tokens=window_tokens)
     texts = encoded(model)[:5]
     model.embed(texts, normalize=True, batch_size=1)
@@ -257,6 +257,32 @@ def test_batches_are_split_until_they_fit(
     assert cosine_distances(vectors, expected).max() < INVARIANCE
 
 
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+def test_from_the_second_shortage_on_passes_are_smaller(
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    schedule: str,
+) -> None:
+    model = runner(bundle, schedule=schedule)
+    texts = encoded(model)
+    longest = max(len(text.input_ids) for text in texts)
+    expected = model.embed(texts, normalize=True)
+    attempts: list[int] = []
+
+    def fail() -> None:
+        attempts.append(1)
+        raise_device_shortage()
+
+    limit_tokens(monkeypatch, longest, fail)
+    model.embed(texts, normalize=True)
+    assert len(attempts) > 1
+    assert "memory of the cpu device ran out again: a pass has at most" in caplog.text
+    attempts.clear()
+    assert cosine_distances(model.embed(texts, normalize=True), expected).max() < INVARIANCE
+    assert not attempts
+
+
 def test_a_text_that_does_not_fit_alone_is_a_capacity_error(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +313,7 @@ def test_weights_that_do_not_fit_the_device_are_a_capacity_error(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lowmem.compute.torch_engine.load_layer", full)
+    monkeypatch.setattr("lowmem.compute.streaming.load_layer", full)
     with pytest.raises(CapacityError, match=r"weights of int4 do not fit .* --schedule streamed"):
         runner(bundle, "int4")
 

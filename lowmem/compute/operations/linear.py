@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,9 @@ class Linear:
     tensors: Mapping[str, Tensor]
 
     @classmethod
-    def load(cls, weights: LinearWeights, device: str) -> Linear:
-        """Brings the stored tensors to a device; on a CPU they stay where they are mapped."""
-        tensors = {name: to_torch(raw, device) for name, raw in weights.tensors.items()}
+    def load(cls, weights: LinearWeights, place: Callable[[RawTensor], Tensor]) -> Linear:
+        """A linear with each of its stored tensors where ``place`` puts it."""
+        tensors = {name: place(raw) for name, raw in weights.tensors.items()}
         return cls(weights.format, weights.out_features, weights.in_features, tensors)
 
     @property
@@ -34,7 +34,7 @@ class Linear:
         return not isinstance(self.format, Int8Channel) or self.format.rounds_activations
 
 
-def to_torch(raw: RawTensor, device: str) -> Tensor:
+def to_torch(raw: RawTensor, device: str = "cpu") -> Tensor:
     """The same bytes as a torch tensor; a view of the array where the device is the CPU."""
     tensor = torch.from_numpy(raw.array)
     if raw.dtype == "BF16":

@@ -1,12 +1,14 @@
 """The plain torch form of the four operations: right on every device, for every format.
 
-A weight is dequantized a matrix at a time into one scratch that all linears share. 8-bit compute
-rounds activations per token and then takes an ordinary product, so that it is exact where fast
-8-bit kernels saturate.
+A weight is dequantized a matrix at a time into one scratch that all linears share. Of the MLP only
+one activation is held for all tokens; what meets it goes through a chunk of tokens at a time. 8-bit
+compute rounds activations per token and then takes an ordinary product, so that it is exact where
+fast 8-bit kernels saturate.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +28,7 @@ PRODUCT_DTYPES = {
     "fp16": torch.float16,
     "int8": torch.float32,
 }
-_ACTIVATION_ROWS = 512
+CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Activations:
 
     states: Tensor
     row_scales: Tensor | None
+
+    def of(self, rows: slice) -> Activations:
+        """Those of some of the tokens."""
+        scales = None if self.row_scales is None else self.row_scales[rows]
+        return Activations(self.states[rows], scales)
 
 
 class PlainOperations:
@@ -57,7 +64,7 @@ class PlainOperations:
     ) -> list[Tensor]:
         """RMSNorm, then each linear, ``[tokens, out_features]`` in the product's dtype."""
         inputs = self._inputs(rms_norm(hidden, norm, self._eps), linears, exact_rows)
-        return [self._product(inputs, linear) for linear in linears]
+        return [self._product(inputs, self._weight(linear)) for linear in linears]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         """Attention within each text, ``[queries, query size]``."""
@@ -67,8 +74,13 @@ class PlainOperations:
         self, mixed: Tensor, linear: Linear, residual: Tensor, exact_rows: int
     ) -> Tensor:
         """residual + linear(mixed), float32 ``[tokens, hidden]``."""
-        product = self._product(self._inputs(mixed, (linear,), exact_rows), linear)
-        return product.add_(residual) if product.dtype == residual.dtype else residual + product
+        weight = self._weight(linear)
+        total = torch.empty_like(residual)
+        for rows in _chunks(len(mixed)):
+            exact = max(0, exact_rows - rows.start)
+            product = self._product(self._inputs(mixed[rows], (linear,), exact), weight)
+            torch.add(residual[rows], product, out=total[rows])
+        return total
 
     def gated_mlp(
         self,
@@ -80,11 +92,13 @@ class PlainOperations:
         exact_rows: int,
     ) -> Tensor:
         """hidden + down(SiLU(gate(n)) * up(n)), n = RMSNorm(hidden), float32."""
-        gated, raised = self.norm_project(hidden, norm, (gate, up), exact_rows)
-        for begin in range(0, len(gated), _ACTIVATION_ROWS):
-            rows = slice(begin, begin + _ACTIVATION_ROWS)
-            gated[rows] = F.silu(gated[rows].float()).mul_(raised[rows])
-        del raised
+        inputs = self._inputs(rms_norm(hidden, norm, self._eps), (gate, up), exact_rows)
+        gated = self._product(inputs, self._weight(gate))
+        weight = self._weight(up)
+        for rows in _chunks(len(gated)):
+            raised = self._product(inputs.of(rows), weight)
+            gated[rows] = F.silu(gated[rows].float()).mul_(raised)
+        del inputs, weight
         return self.project_add(gated, down, hidden, exact_rows)
 
     def _inputs(self, states: Tensor, linears: Sequence[Linear], exact_rows: int) -> Activations:
@@ -97,8 +111,8 @@ class PlainOperations:
             return Activations(codes, scales)
         return Activations(states.to(self.dtype), None)
 
-    def _product(self, inputs: Activations, linear: Linear) -> Tensor:
-        result = F.linear(inputs.states, self._weight(linear))
+    def _product(self, inputs: Activations, weight: Tensor) -> Tensor:
+        result = F.linear(inputs.states, weight)
         return result if inputs.row_scales is None else result.mul_(inputs.row_scales)
 
     def _weight(self, linear: Linear) -> Tensor:
@@ -114,6 +128,13 @@ class PlainOperations:
         weight = self._scratch[:size].view(linear.out_features, linear.in_features)
         dequantize_into(weight, linear)
         return weight
+
+
+def _chunks(tokens: int) -> list[slice]:
+    """Slices of at most CHUNK_TOKENS tokens, about equal."""
+    count = -(-tokens // CHUNK_TOKENS)
+    edges = [tokens * number // count for number in range(count + 1)] if count else []
+    return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
 
 def round_rows(states: Tensor) -> tuple[Tensor, Tensor]:

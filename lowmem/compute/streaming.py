@@ -1,0 +1,166 @@
+"""Layers that come in while their predecessors compute.
+
+Two buffers take turns: one holds the layer at work, and a thread fills the other from disk. With a
+CUDA device each has a pinned twin on the host, and a stream of its own copies, so that disk, bus
+and arithmetic are busy at once. Layers that are kept stand evenly between those that are read, so
+that their arithmetic hides reading, too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from lowmem.artifact.tensors import DTYPES, RawTensor, StoredTensor
+from lowmem.artifact.weights import Checkpoint
+from lowmem.compute.decoder import DecoderLayer
+from lowmem.compute.layers import load_layer
+from lowmem.compute.operations.linear import to_torch
+
+_ALIGNMENT = 256
+
+
+class LayerStream:
+    """All layers of a variant, in order, as often as it is iterated over.
+
+    A layer is whole until the next one is asked for; then its memory may be another's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str, kept_layers: int = 0) -> None:
+        """Allocates the buffers and loads the layers that are kept.
+
+        Args:
+            checkpoint: The variant's directory, opened.
+            device: ``cpu`` or ``cuda``.
+            kept_layers: How many layers stay; on a CPU they are mapped.
+        """
+        layers = checkpoint.config.num_hidden_layers
+        self._kept = {
+            index: load_layer(checkpoint.layer(index), lambda raw: to_torch(raw, device))
+            for index in kept_indices(layers, kept_layers)
+        }
+        self._streamed = [index for index in range(layers) if index not in self._kept]
+        self._layers = layers
+        size = _buffer_bytes(checkpoint)
+        slot = _CudaSlot if device == "cuda" else _Slot
+        self._slots = [slot(checkpoint, size) for _ in self._streamed[:2]]
+
+    def __iter__(self) -> Generator[DecoderLayer]:
+        """Yields the layers; closing the iterator waits for the read under way."""
+        coming = iter(self._streamed)
+        filling: deque[tuple[_Slot, Future[DecoderLayer]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="lowmem-stream") as reader:
+
+            def fill(slot: _Slot) -> None:
+                index = next(coming, None)
+                if index is not None:
+                    filling.append((slot, reader.submit(slot.fill, index)))
+
+            for slot in self._slots:
+                fill(slot)
+            for index in range(self._layers):
+                if index in self._kept:
+                    yield self._kept[index]
+                    continue
+                slot, layer = filling.popleft()
+                layer.result()
+                slot.begin()
+                yield layer.result()
+                slot.end()
+                fill(slot)
+
+
+def kept_indices(layers: int, kept: int) -> list[int]:
+    """Which layers are kept, evenly between the others."""
+    return [
+        index for index in range(layers) if (index + 1) * kept // layers > index * kept // layers
+    ]
+
+
+class _Slot:
+    """Memory for one layer on a CPU."""
+
+    def __init__(self, checkpoint: Checkpoint, size: int) -> None:
+        self._checkpoint = checkpoint
+        self._bytes = self._allocate(size)
+        self._end = 0
+
+    def fill(self, index: int) -> DecoderLayer:
+        """Reads a layer from disk; whatever was here must not be in use any more."""
+        self._end = 0
+        return load_layer(self._checkpoint.layer(index, self._read), self._place)
+
+    def begin(self) -> None:
+        """The layer's arithmetic begins."""
+
+    def end(self) -> None:
+        """All of the layer's arithmetic has been asked for."""
+
+    def _allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def _read(self, stored: StoredTensor) -> RawTensor:
+        begin = self._end
+        self._end += _aligned(stored.nbytes)
+        data = self._bytes[begin : begin + stored.nbytes].numpy()
+        stored.read_into(data)
+        return RawTensor(stored.dtype, data.view(DTYPES[stored.dtype]).reshape(stored.shape))
+
+    def _place(self, raw: RawTensor) -> Tensor:
+        return to_torch(raw, "cpu")
+
+
+class _CudaSlot(_Slot):
+    """Memory for one layer on a CUDA device, and for its bytes on the host."""
+
+    def __init__(self, checkpoint: Checkpoint, size: int) -> None:
+        super().__init__(checkpoint, size)
+        self._device_bytes = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self._stream = torch.cuda.Stream()
+        self._copied = torch.cuda.Event()
+        self._used = torch.cuda.Event()
+
+    def fill(self, index: int) -> DecoderLayer:
+        """Reads a layer to the host, and asks for its copy behind the last use of this memory."""
+        self._copied.synchronize()
+        layer = super().fill(index)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._used)
+            self._device_bytes[: self._end].copy_(self._bytes[: self._end], non_blocking=True)
+            self._copied.record(self._stream)
+        return layer
+
+    def begin(self) -> None:
+        """Lets the arithmetic wait for the copy."""
+        torch.cuda.current_stream().wait_event(self._copied)
+
+    def end(self) -> None:
+        """Marks the point after which this memory may be written."""
+        self._used.record(torch.cuda.current_stream())
+
+    def _allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def _place(self, raw: RawTensor) -> Tensor:
+        """The device's view of what lies at the same place in the host's buffer."""
+        host = to_torch(raw, "cpu")
+        begin = host.data_ptr() - self._bytes.data_ptr()
+        view = self._device_bytes[begin : begin + raw.nbytes]
+        return view.view(host.dtype).view(host.shape)
+
+
+def _buffer_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest layer, its tensors aligned."""
+    sizes = [0] * checkpoint.config.num_hidden_layers
+    for name, stored in checkpoint.tensors.items():
+        if name.startswith("layers."):
+            sizes[int(name.split(".")[1])] += _aligned(stored.nbytes)
+    return max(sizes)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
