@@ -292,7 +292,7 @@ def test_a_driver_that_fails_is_a_warning_and_the_reason(
 
 def test_a_driver_that_hangs_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nvidia_smi(monkeypatch, tmp_path, "exec /bin/sleep 60")
-    monkeypatch.setattr("lowmem.hardware._NVIDIA_SMI_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("lowmem.hardware.probing._NVIDIA_SMI_TIMEOUT_SECONDS", 0.1)
     assert probe(tree(tmp_path, {})).gpu_problem == "nvidia-smi gave no answer in 0.1 seconds"
 
 
