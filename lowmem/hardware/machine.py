@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem.errors import InputError
@@ -18,10 +18,26 @@ _AARCH64_FEATURES = "asimddp i8mm bf16 asimdhp"
 CPU_FEATURES = frozenset(f"{_X86_FEATURES} {_AARCH64_FEATURES}".split())
 """The instruction sets that decide a plan, as Linux names them."""
 
+ARITHMETICS: Mapping[str, tuple[int, int]] = {
+    "fp32": (0, 0),
+    "fp16": (5, 3),
+    "fp16-acc16": (5, 3),
+    "int8": (6, 1),
+    "bf16": (8, 0),
+    "fp8": (8, 9),
+}
+"""Products that a GPU may do in hardware, each with the compute capability that brought it."""
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device; ``compute_capability`` is (major, minor)."""
+    """One CUDA device; ``compute_capability`` is (major, minor).
+
+    The last three are stated of a described device, so that speed can be estimated, and None of a
+    probed one, where it is measured: ``rates`` in operations per second by the names in
+    ``ARITHMETICS`` (a multiplication and an addition are two), the bandwidths of its memory and of
+    copies from the host in bytes per second.
+    """
 
     name: str
     total_bytes: int
@@ -29,6 +45,13 @@ class Gpu:
     compute_capability: tuple[int, int]
     driver_version: str = ""
     uuid: str = ""
+    rates: Mapping[str, float] | None = field(default=None, hash=False)
+    memory_bandwidth: float | None = None
+    copy_bandwidth: float | None = None
+
+    def multiplies(self, arithmetic: str) -> bool:
+        """Whether the device has products of a name in ``ARITHMETICS``."""
+        return self.compute_capability >= ARITHMETICS[arithmetic]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON object that :meth:`from_json` reads."""
@@ -36,17 +59,26 @@ class Gpu:
 
     @classmethod
     def from_json(cls, value: object, place: str = "gpu") -> Gpu:
-        """Reads a described GPU; ``driver_version`` and ``uuid`` may be left out.
+        """Reads a described GPU; all but the first four fields may be left out.
 
         Args:
             value: A decoded JSON value.
             place: What the value is called in errors.
 
         Raises:
-            InputError: A key is unknown, missing, or of another type.
+            InputError: A key is unknown, missing, or of another type; more is free than there is,
+                or there is a rate of an arithmetic that the compute capability lacks.
         """
         fields = _checked(value, cls, _GPU_RULES, place)
-        return cls(**{**fields, "compute_capability": tuple(fields["compute_capability"])})
+        gpu = cls(**{**fields, "compute_capability": tuple(fields["compute_capability"])})
+        lacking = [name for name in gpu.rates or () if not gpu.multiplies(name)]
+        if lacking:
+            major, minor = gpu.compute_capability
+            raise InputError(
+                f"{place}: rates must be of what compute capability {major}.{minor} multiplies, "
+                f"got {', '.join(lacking)}"
+            )
+        return gpu
 
 
 @dataclass(frozen=True)
@@ -105,7 +137,8 @@ class Hardware:
             place: What the value is called in errors.
 
         Raises:
-            InputError: A key is unknown, missing, or of another type.
+            InputError: A key is unknown, missing, or of another type, or more is free than there
+                is.
         """
         fields = _checked(value, cls, _HARDWARE_RULES, place)
         fields["cpu_features"] = tuple(fields["cpu_features"])
@@ -134,11 +167,23 @@ _STRING: _Rule = ("a string", lambda v: type(v) is str)
 _BYTES: _Rule = ("a whole number of bytes", lambda v: type(v) is int and v >= 0)
 _CAPABILITY: _Rule = (
     "a list [major, minor]",
-    lambda v: type(v) is list and [type(part) for part in v] == [int, int],
+    lambda v: type(v) is list and [type(part) for part in v] == [int, int] and min(v) >= 0,
 )
 _FEATURES: _Rule = (
     f"a list out of {sorted(CPU_FEATURES)}",
     lambda v: type(v) is list and all(type(part) is str and part in CPU_FEATURES for part in v),
+)
+
+_RATES: _Rule = (
+    f"null or an object of {', '.join(ARITHMETICS)} in operations per second, 1e8 to 1e18",
+    lambda v: (
+        v is None
+        or (type(v) is dict and v.keys() <= ARITHMETICS.keys() and all(map(_is_rate, v.values())))
+    ),
+)
+_BANDWIDTH: _Rule = (
+    "null or bytes per second, 1e8 to 1e18",
+    lambda v: v is None or _is_rate(v),
 )
 
 _GPU_RULES: Mapping[str, _Rule] = {
@@ -148,6 +193,9 @@ _GPU_RULES: Mapping[str, _Rule] = {
     "compute_capability": _CAPABILITY,
     "driver_version": _STRING,
     "uuid": _STRING,
+    "rates": _RATES,
+    "memory_bandwidth": _BANDWIDTH,
+    "copy_bandwidth": _BANDWIDTH,
 }
 _HARDWARE_RULES: Mapping[str, _Rule] = {
     "cpu_name": _STRING,
@@ -174,6 +222,15 @@ def _checked(
         for key, (rule, holds) in rules.items()
         if key in value and not holds(value[key])
     ]
+    free, total = (next(k for k in rules if k.endswith(f"{w}_bytes")) for w in ("free", "total"))
+    if not problems and value[free] > value[total]:
+        problems = [f"{free} must not exceed {total}, got {value[free]} and {value[total]}"]
     if problems:
         raise InputError(f"{place}: {'; '.join(problems)}")
     return dict(value)
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether a number can be a rate per second; one in units of 10^12 or 10^9 cannot."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 1e8 <= value <= 1e18
