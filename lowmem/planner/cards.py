@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -88,10 +89,9 @@ def describe(card: str, host: Hardware) -> Hardware:
         BundleError: The file cannot be read, or is not a JSON object.
     """
     here = host.to_json()
-    path = Path(card)
-    if not path.is_file():
+    if not os.path.isfile(card):  # a method of Path would raise where a name is too long
         return Hardware.from_json({**here, "gpus": [find(card).to_json()], "gpu_problem": None})
-    value = strict_json.read_object(path)
+    value = strict_json.read_object(Path(card))
     for keys in (_CPU_KEYS, _MEMORY_KEYS):
         if value.keys().isdisjoint(keys):
             value |= {key: here[key] for key in keys}
