@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -292,7 +293,7 @@ def test_a_driver_that_fails_is_a_warning_and_the_reason(
 
 def test_a_driver_that_hangs_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nvidia_smi(monkeypatch, tmp_path, "exec /bin/sleep 60")
-    monkeypatch.setattr("lowmem.hardware._NVIDIA_SMI_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("lowmem.hardware.probing._NVIDIA_SMI_TIMEOUT_SECONDS", 0.1)
     assert probe(tree(tmp_path, {})).gpu_problem == "nvidia-smi gave no answer in 0.1 seconds"
 
 
@@ -326,6 +327,37 @@ def test_a_described_machine_may_leave_out_what_nobody_plans_with() -> None:
     card = {"name": "a", "total_bytes": 2, "free_bytes": 1, "compute_capability": [8, 6]}
     assert Hardware.from_json(described).gpus == ()
     assert Hardware.from_json({**described, "gpus": [card]}).gpus == (Gpu("a", 2, 1, (8, 6)),)
+
+
+def test_the_rates_of_a_described_card_read_back() -> None:
+    card = replace(RTX_3060, rates={"fp16": 25.5e12}, memory_bandwidth=360e9, copy_bandwidth=25e9)
+    machine = replace(MACHINE, gpus=(card,))
+    assert Hardware.from_json(json.loads(json.dumps(machine.to_json()))) == machine
+    assert hash(machine) == hash(replace(MACHINE, gpus=(replace(card, rates=None),)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "newest"),
+    [
+        ((6, 1), {"fp16", "int8"}),
+        ((7, 5), {"fp16", "int8"}),
+        ((8, 6), {"fp16", "int8", "bf16"}),
+        ((8, 9), {"fp16", "int8", "bf16", "fp8"}),
+        ((10, 0), {"fp16", "int8", "bf16", "fp8"}),
+        ((12, 0), {"fp16", "int8", "bf16", "fp8"}),
+    ],
+)
+def test_arithmetic_of_a_gpu_follows_from_its_generation(
+    capability: tuple[int, int], newest: set[str]
+) -> None:
+    gpu = Gpu("any", 2, 1, capability)
+    found = {name for name in ("fp16", "int8", "bf16", "fp8") if gpu.multiplies(name)}
+    assert found == newest
+
+
+def test_more_free_memory_than_there_is_is_refused() -> None:
+    with pytest.raises(InputError, match="host_free_bytes must not exceed host_total_bytes"):
+        Hardware.from_json({**MACHINE.to_json(), "host_free_bytes": 17 * GIB})
 
 
 def test_all_problems_of_a_description_are_listed_at_once() -> None:

@@ -21,6 +21,9 @@ MACHINE = Hardware(
     12 * 2**30,
     (Gpu("NVIDIA GeForce RTX 3060", 12 * 2**30, 11 * 2**30, (8, 6), "555.42.02", "GPU-aaaa1111"),),
 )
+DESCRIBED = replace(
+    MACHINE.gpus[0], rates={"fp16": 25.5e12}, memory_bandwidth=360e9, copy_bandwidth=25e9
+)
 PLAN = Plan("int4", "torch", "cuda", "fp16", "resident", tokens_per_second=812.5)
 CONTRACT = Contract(
     query_template="Instruct: {task}\nQuery: {text}",
@@ -134,12 +137,30 @@ def test_what_plan_prints_is_valid_and_wholly_described() -> None:
     schema = schemas.load("plan")
     described = schema["$defs"]["plan"]["properties"]
     assert set(PLAN.to_json()) == set(described)
-    assert set(MACHINE.to_json()) == set(schema["properties"]["machine"]["properties"])
+    machine = schema["properties"]["machine"]["properties"]
+    assert set(MACHINE.to_json()) == set(machine)
+    assert set(DESCRIBED.to_json()) == set(machine["gpus"]["items"]["properties"])
+
+
+def test_a_described_card_and_its_estimates_are_valid() -> None:
+    estimated = PLAN.with_(tokens_per_second=None, estimated_tokens_per_second=1200.0)
+    value = {
+        **plan_json(),
+        "machine": replace(MACHINE, gpus=(DESCRIBED,)).to_json(),
+        "plans": [estimated.to_json()],
+    }
+    assert problems("plan", value) == []
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"state": "running"}, {"fidelity": "good"}, {"tokens_per_second": 0}, {"predicted": {}}],
+    [
+        {"state": "running"},
+        {"fidelity": "good"},
+        {"tokens_per_second": 0},
+        {"estimated_tokens_per_second": 0},
+        {"predicted": {}},
+    ],
 )
 def test_a_plan_outside_the_form_is_found(change: dict[str, Any]) -> None:
     value = plan_json()

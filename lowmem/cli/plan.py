@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lowmem import hardware
-from lowmem.artifact import strict_json
 from lowmem.artifact.manifest import MANIFEST, Bundle
 from lowmem.artifact.tensors import some_names
 from lowmem.artifact.verdict import parse_floor
 from lowmem.cli import options
 from lowmem.compute.plan import Plan
-from lowmem.hardware import Hardware
-from lowmem.planner.candidates import Subject, Wishes, candidates
-from lowmem.planner.choice import Choice, choose
+from lowmem.planner import cards
+from lowmem.planner.candidates import Subject, Wishes
+from lowmem.planner.choice import Choice, choose, foresee
 
 
 def plan(
@@ -26,7 +26,12 @@ def plan(
         typer.Argument(metavar="BUNDLE|SOURCE", help="A bundle, or a checkpoint's directory."),
     ],
     card: Annotated[
-        Path | None, typer.Option(help="JSON description of another machine; nothing is timed.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help='Another card, as "RTX 3060 12GB", or a JSON description of another machine; '
+            "speeds are estimates then.",
+        ),
     ] = None,
     as_json: options.Json = False,
     variant: options.Variant = "auto",
@@ -38,14 +43,19 @@ def plan(
 ) -> None:
     """Show every plan: memory, speed, fidelity, why dropped, which is chosen."""
     wishes = Wishes(variant, engine, device, compute, schedule)
-    machine = hardware.probe() if card is None else _described(card)
-    if card is not None or not (subject / MANIFEST).exists():
-        choice = _untimed(subject, machine, wishes)
+    least = parse_floor(floor)
+    machine = hardware.probe()
+    if card is not None:
+        machine = cards.describe(card, machine)
+    bundle = Bundle(subject) if (subject / MANIFEST).exists() else None
+    if bundle is None or card is not None:
+        found = Subject.of_bundle(bundle) if bundle else Subject.of_checkpoint(subject)
+        choice = foresee(found, machine=machine, wishes=wishes, floor=least, bundle=bundle)
     else:
         choice = choose(
-            Bundle(subject),
+            bundle,
             wishes=wishes,
-            floor=parse_floor(floor),
+            floor=least,
             machine=machine,
             time_all=True,
             on_plan=lambda timed: typer.echo(f"timing {timed.id}", err=True),
@@ -75,13 +85,16 @@ def table(choice: Choice) -> str:
         f"{options.size_text(machine.host_free_bytes)} free",
         *(
             f"{gpu.name}, {options.size_text(gpu.free_bytes)} of "
-            f"{options.size_text(gpu.total_bytes)} free"
+            f"{options.size_text(gpu.total_bytes)} free{' (described)' if gpu.rates else ''}"
             for gpu in machine.gpus
         ),
         "",
         "  variant   engine      device compute schedule     memory  tokens/s  fidelity",
     ]
-    lines += [_row(plan, choice) for plan in choice.plans if plan.dropped is None]
+    running = [plan for plan in choice.plans if plan.dropped is None]
+    lines += [_row(plan, choice) for plan in running]
+    if any(plan.estimated_tokens_per_second for plan in running):
+        lines.append("  ~ is an estimate from the card's rates: nothing was measured")
     dropped = [plan for plan in choice.plans if plan.dropped is not None]
     if dropped:
         lines += ["", "dropped"]
@@ -91,15 +104,16 @@ def table(choice: Choice) -> str:
         for reason, ids in reasons.items():
             lines.append(f"  {reason}:\n    {some_names(ids, 2)}")
     chosen = choice.chosen.id if choice.chosen else "none"
-    lines += ["", f"chosen: {chosen}", f"  {choice.reason}"]
+    lines += ["", f"chosen: {chosen}", _wrapped(choice.reason)]
     if choice.warning:
-        lines.append(f"  warning: {choice.warning}")
+        lines.append(_wrapped(f"warning: {choice.warning}"))
     return "\n".join(lines)
 
 
 def _row(plan: Plan, choice: Choice) -> str:
     mark = ">" if choice.chosen is not None and plan.id == choice.chosen.id else " "
-    speed = f"{plan.tokens_per_second:.0f}" if plan.tokens_per_second else "-"
+    mark_estimate = "" if plan.tokens_per_second else "~"
+    speed = f"{mark_estimate}{plan.speed:.0f}" if plan.speed else "-"
     memory = options.size_text(plan.device_bytes if plan.device == "cuda" else plan.host_bytes)
     return (
         f"{mark} {plan.variant:<9} {plan.engine:<11} {plan.device:<6} {plan.compute:<7} "
@@ -107,15 +121,8 @@ def _row(plan: Plan, choice: Choice) -> str:
     )
 
 
-def _described(path: Path) -> Hardware:
-    return Hardware.from_json(strict_json.read_object(path), str(path))
-
-
-def _untimed(subject: Path, machine: Hardware, wishes: Wishes) -> Choice:
-    """Plans for what is not here, or not exported: memory alone, nothing measured."""
-    is_bundle = (subject / MANIFEST).exists()
-    found = Subject.of_bundle(Bundle(subject)) if is_bundle else Subject.of_checkpoint(subject)
-    plans = candidates(found, machine, wishes)
-    ordered = tuple(sorted(plans, key=lambda plan: (plan.dropped is not None, plan.id)))
-    why = "nothing was timed: the machine is described" if is_bundle else "nothing is exported yet"
-    return Choice(machine, ordered, None, why)
+def _wrapped(text: str) -> str:
+    indent = "  "
+    return textwrap.fill(
+        text, 80, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )

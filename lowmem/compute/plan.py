@@ -27,6 +27,7 @@ class Plan:
         host_bytes: Predicted peak of anonymous and shared memory of the process.
         device_bytes: Predicted peak of device memory, 0 on a CPU.
         tokens_per_second: Measured on this machine, or None.
+        estimated_tokens_per_second: What a described card's rates let expect, or None.
         fidelity: ``verified``, ``failing`` or ``unverified``.
         dropped: Why the plan cannot or need not run here, or None for a candidate.
         reason: Why it was chosen, or was not, in words.
@@ -43,6 +44,7 @@ class Plan:
     host_bytes: int = 0
     device_bytes: int = 0
     tokens_per_second: float | None = None
+    estimated_tokens_per_second: float | None = None
     fidelity: str = "unverified"
     dropped: str | None = None
     reason: str = ""
@@ -56,6 +58,11 @@ class Plan:
     def report_id(self) -> str:
         """The id without the schedule, which does not change a vector."""
         return f"{self.variant}-{self.engine}-{self.device}-{self.compute}"
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second, measured or else estimated; 0 where neither is known."""
+        return self.tokens_per_second or self.estimated_tokens_per_second or 0.0
 
     def with_(self, **changes: Any) -> Plan:
         """The same plan with some of its fields changed."""
@@ -77,5 +84,6 @@ class Plan:
             "reason": self.dropped or self.reason,
             "predicted": {"host_bytes": self.host_bytes, "device_bytes": self.device_bytes},
             "tokens_per_second": self.tokens_per_second,
+            "estimated_tokens_per_second": self.estimated_tokens_per_second,
             "fidelity": self.fidelity,
         }

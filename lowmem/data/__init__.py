@@ -6,6 +6,8 @@ and not made when needed, so that two reports with the same hash speak of the sa
 text that steered a quantizer or a tuning is ever measured: ``calibration`` and ``workloads`` share
 no 13 tokens in a row with ``probe`` or with each other (tokens of SmolLM2, whose tokenizer anyone
 can install).
+
+``cards.json`` beside them is the planner's table of graphics cards.
 """
 
 from __future__ import annotations

@@ -207,8 +207,9 @@ def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:
         extra = _EXTRAS[plan.device]
         return f"{plan.engine} is not installed: pip install 'lowmem[{extra}]'"
     if plan.device == "cuda":
-        too_old = plan.compute == "bf16" and hardware.gpus[0].compute_capability < (8, 0)
-        return "this GPU has no bf16 arithmetic" if too_old else None
+        gpu = hardware.gpus[0]
+        too_old = plan.compute in ("bf16", "fp16") and not gpu.multiplies(plan.compute)
+        return f"this GPU has no {plan.compute} arithmetic" if too_old else None
     if plan.engine == "onnxruntime":
         if plan.compute == "fp16":
             return "the fp16 graph is for CUDA"

@@ -12,6 +12,7 @@ from lowmem.artifact.verdict import Floor
 from lowmem.compute.plan import Plan
 from lowmem.errors import CapacityError
 from lowmem.hardware import Hardware
+from lowmem.planner import estimate
 from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates
 from lowmem.planner.timing import time_plans
 
@@ -95,9 +96,55 @@ def choose(
         break
     if not tier:
         return Choice(machine, _ordered(plans), None, _nothing_left(plans, bundle))
-    chosen = max(tier, key=lambda plan: plan.tokens_per_second or 0.0)
+    chosen = max(tier, key=lambda plan: plan.speed)
     reason, warning = _explain(chosen, kind, len(tier), floor)
     return Choice(machine, _ordered(plans), chosen, reason, warning)
+
+
+def foresee(
+    subject: Subject, *, machine: Hardware, wishes: Wishes, floor: Floor, bundle: Bundle | None
+) -> Choice:
+    """Plans for a machine that is not here, or for a model that is not exported.
+
+    The rules are those of :func:`choose`, with estimated speed in the place of measured. A plan
+    without an estimate is chosen only if it is alone.
+
+    Args:
+        subject: What the bundle offers, or what the checkpoint would.
+        machine: Where it would run.
+        wishes: What is fixed by name.
+        floor: What counts as faithful enough.
+        bundle: The bundle, whose reports count on any machine; None before there is one.
+
+    Raises:
+        InputError: A name in the wishes is unknown, or nothing matches them.
+        BackendError: A device was asked for that the machine has not.
+    """
+    plans = []
+    for plan in candidates(subject, machine, wishes):
+        fidelity = fidelity_of(plan, bundle, floor) if bundle else plan.fidelity
+        speed = None
+        if plan.device == "cuda" and plan.dropped is None:
+            formats = subject.formats[plan.variant]
+            speed = estimate.tokens_per_second(plan, subject.config, formats, machine.gpus[0])
+        plans.append(plan.with_(fidelity=fidelity, estimated_tokens_per_second=speed))
+    tier, kind = _best_tier(plans, wishes)
+    if not tier:
+        return Choice(machine, _ordered(plans), None, _nothing_left(plans, bundle))
+    known = [plan for plan in tier if plan.speed] or tier
+    chosen = max(known, key=lambda plan: plan.speed)
+    untimed = "nothing was timed: the machine is described" if bundle else "nothing is exported yet"
+    if len(known) > 1 and not chosen.speed:
+        reason = f"{untimed}; {len(known)} plans are to be timed there, and have no estimate"
+        return Choice(machine, _ordered(plans), None, reason)
+    reason, warning = _explain(chosen, kind, len(known), floor)
+    if len(known) < len(tier):
+        reason += f", and {len(tier) - len(known)} such plans have no estimate"
+    unjudged = [plan for plan in plans if plan.dropped is None and plan.fidelity == "unverified"]
+    fastest = max(unjudged, key=lambda plan: plan.speed, default=chosen)
+    if fastest.speed > chosen.speed:
+        reason += f"; {fastest.id}, {_speed_text(fastest)}, would be chosen if its report passed"
+    return Choice(machine, _ordered(plans), chosen, f"{untimed}; {reason}", warning)
 
 
 def fidelity_of(plan: Plan, bundle: Bundle, floor: Floor) -> str:
@@ -133,7 +180,7 @@ def _best_tier(plans: Sequence[Plan], wishes: Wishes) -> tuple[list[Plan], str]:
 
 
 def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, str | None]:
-    speed = f"{chosen.tokens_per_second:.0f} tokens/s" if chosen.tokens_per_second else "untimed"
+    speed = _speed_text(chosen)
     among = f"the fastest of {rivals}" if rivals > 1 else "the only one"
     bounds = f"floor {floor.name}: mean {floor.mean}, p5 {floor.p5}, min {floor.min}"
     if kind == "verified":
@@ -155,9 +202,15 @@ def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, s
     )
 
 
-def _nothing_left(plans: Sequence[Plan], bundle: Bundle) -> str:
+def _speed_text(plan: Plan) -> str:
+    if plan.tokens_per_second:
+        return f"{plan.tokens_per_second:.0f} tokens/s"
+    return f"an estimated {plan.speed:.0f} tokens/s" if plan.speed else "untimed"
+
+
+def _nothing_left(plans: Sequence[Plan], bundle: Bundle | None) -> str:
     failing = [plan.id for plan in plans if plan.dropped is None]
-    if failing:
+    if failing and bundle:
         return (
             f"every plan that runs here fails the floor ({', '.join(failing)}): ask for one by "
             f"--variant, give another --floor, or export fp16 ({bundle.path})"
@@ -170,6 +223,6 @@ def _ordered(plans: Sequence[Plan]) -> tuple[Plan, ...]:
     return tuple(
         sorted(
             plans,
-            key=lambda plan: (plan.dropped is not None, -(plan.tokens_per_second or 0.0), plan.id),
+            key=lambda plan: (plan.dropped is not None, -plan.speed, plan.id),
         )
     )

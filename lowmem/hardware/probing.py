@@ -1,36 +1,24 @@
-"""The machine as one value, probed or described.
+"""Looking at this machine: Linux's own files, and nvidia-smi.
 
-Whatever plans for a machine takes a :class:`Hardware` and asks nothing else, so that a plan can be
-made for a card that is not here. What is free is what this process may still use: limits of the
-control groups it runs in, version 1 or 2, count as much as the machine's own size.
+What is free is what this process may still use: limits of the control groups it runs in, version 1
+or 2, count as much as the machine's own size.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
 import os
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from lowmem.errors import BackendError, InputError
+from lowmem.errors import BackendError
+from lowmem.hardware.machine import CPU_FEATURES, Gpu, Hardware
 
 logger = logging.getLogger(__name__)
-
-_X86_FEATURES = (
-    "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16 amx_fp16"
-)
-_AARCH64_FEATURES = "asimddp i8mm bf16 asimdhp"
-CPU_FEATURES = frozenset(f"{_X86_FEATURES} {_AARCH64_FEATURES}".split())
-"""The instruction sets that decide a plan, as Linux names them."""
 
 _GPU_FIELDS = "name,memory.total,memory.free,compute_cap,driver_version,uuid"
 _NVIDIA_SMI_TIMEOUT_SECONDS = 30
@@ -43,103 +31,6 @@ _CGROUP_MEMORY_FILES = (
 # The page cache in a group's usage. A mapped file that is read twice becomes active: without that
 # part, a bundle that was opened before would count as memory in use.
 _CGROUP_CACHE_KEYS = ("inactive_file", "active_file")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One CUDA device; ``compute_capability`` is (major, minor)."""
-
-    name: str
-    total_bytes: int
-    free_bytes: int
-    compute_capability: tuple[int, int]
-    driver_version: str = ""
-    uuid: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the JSON object that :meth:`from_json` reads."""
-        return {**dataclasses.asdict(self), "compute_capability": list(self.compute_capability)}
-
-    @classmethod
-    def from_json(cls, value: object, place: str = "gpu") -> Gpu:
-        """Reads a described GPU; ``driver_version`` and ``uuid`` may be left out.
-
-        Args:
-            value: A decoded JSON value.
-            place: What the value is called in errors.
-
-        Raises:
-            InputError: A key is unknown, missing, or of another type.
-        """
-        fields = _checked(value, cls, _GPU_RULES, place)
-        return cls(**{**fields, "compute_capability": tuple(fields["compute_capability"])})
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What a plan may run on.
-
-    ``cpu_threads`` is how many threads can run at once, ``host_*_bytes`` are main memory, both
-    within the limits on this process. ``gpus`` are the visible ones in CUDA_VISIBLE_DEVICES'
-    order, else by PCI bus as nvidia-smi lists them; CUDA itself puts the fastest first unless
-    CUDA_DEVICE_ORDER=PCI_BUS_ID, so among unlike cards go by ``uuid``. ``gpu_problem`` says why
-    there is no GPU, or why one is left out.
-    """
-
-    cpu_name: str
-    cpu_threads: int
-    cpu_features: tuple[str, ...]
-    host_total_bytes: int
-    host_free_bytes: int
-    gpus: tuple[Gpu, ...] = ()
-    gpu_problem: str | None = None
-
-    @property
-    def has_native_bf16(self) -> bool:
-        """Multiplies bf16 in hardware; elsewhere bf16 is widened first, and fp32 is faster."""
-        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(self.cpu_features)
-
-    @property
-    def has_native_fp16(self) -> bool:
-        """Multiplies fp16 in hardware; converting alone (F16C) leaves it many times slower."""
-        return not {"avx512_fp16", "amx_fp16", "asimdhp"}.isdisjoint(self.cpu_features)
-
-    @property
-    def has_vnni(self) -> bool:
-        """Sums four 8-bit products straight into 32 bits.
-
-        Without it, x86 kernels for u8×s8 add pairs of products in 16 bits, which saturates: fast
-        and wrong. aarch64's dot product (``asimddp``, ``i8mm``) is exact like VNNI.
-        """
-        exact = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
-        return not exact.isdisjoint(self.cpu_features)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the JSON object that :meth:`from_json` reads."""
-        return {
-            **dataclasses.asdict(self),
-            "cpu_features": list(self.cpu_features),
-            "gpus": [gpu.to_json() for gpu in self.gpus],
-        }
-
-    @classmethod
-    def from_json(cls, value: object, place: str = "hardware") -> Hardware:
-        """Reads a described machine; ``gpus`` and ``gpu_problem`` may be left out.
-
-        Args:
-            value: A decoded JSON value.
-            place: What the value is called in errors.
-
-        Raises:
-            InputError: A key is unknown, missing, or of another type.
-        """
-        fields = _checked(value, cls, _HARDWARE_RULES, place)
-        fields["cpu_features"] = tuple(fields["cpu_features"])
-        fields["gpus"] = tuple(
-            Gpu.from_json(gpu, f"{place}.gpus[{index}]")
-            for index, gpu in enumerate(fields.get("gpus", ()))
-        )
-        return cls(**fields)
 
 
 def probe(root: Path = Path("/")) -> Hardware:
@@ -163,17 +54,6 @@ def probe(root: Path = Path("/")) -> Hardware:
         gpus=gpus,
         gpu_problem=problem,
     )
-
-
-def fingerprint(hardware: Hardware) -> str:
-    """Returns 16 hex digits that change with whatever decides speed, and not with free memory."""
-    parts = (
-        hardware.cpu_name,
-        hardware.cpu_threads,
-        hardware.cpu_features,
-        [(gpu.name, gpu.driver_version) for gpu in hardware.gpus],
-    )
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def parse_cpu_name(cpuinfo: str) -> str:
@@ -339,55 +219,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-_Rule = tuple[str, Callable[[Any], bool]]
-
-# `type(v) is int` and not isinstance: true is not a number of bytes.
-_STRING: _Rule = ("a string", lambda v: type(v) is str)
-_BYTES: _Rule = ("a whole number of bytes", lambda v: type(v) is int and v >= 0)
-_CAPABILITY: _Rule = (
-    "a list [major, minor]",
-    lambda v: type(v) is list and [type(part) for part in v] == [int, int],
-)
-_FEATURES: _Rule = (
-    f"a list out of {sorted(CPU_FEATURES)}",
-    lambda v: type(v) is list and all(type(part) is str and part in CPU_FEATURES for part in v),
-)
-
-_GPU_RULES: Mapping[str, _Rule] = {
-    "name": _STRING,
-    "total_bytes": _BYTES,
-    "free_bytes": _BYTES,
-    "compute_capability": _CAPABILITY,
-    "driver_version": _STRING,
-    "uuid": _STRING,
-}
-_HARDWARE_RULES: Mapping[str, _Rule] = {
-    "cpu_name": _STRING,
-    "cpu_threads": ("a whole number, at least 1", lambda v: type(v) is int and v >= 1),
-    "cpu_features": _FEATURES,
-    "host_total_bytes": _BYTES,
-    "host_free_bytes": _BYTES,
-    "gpus": ("a list", lambda v: type(v) is list),
-    "gpu_problem": ("a string or null", lambda v: v is None or type(v) is str),
-}
-
-
-def _checked(
-    value: object, kind: type[Gpu] | type[Hardware], rules: Mapping[str, _Rule], place: str
-) -> dict[str, Any]:
-    """Returns a copy of ``value`` whose keys and values are fit for the constructor of ``kind``."""
-    if not isinstance(value, dict):
-        raise InputError(f"{place} must be a JSON object, got {value!r}")
-    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
-    problems = [f"unknown key {key!r}" for key in value if key not in rules]
-    problems += [f"missing key {key!r}" for key in needed if key not in value]
-    problems += [
-        f"{key} must be {rule}, got {value[key]!r}"
-        for key, (rule, holds) in rules.items()
-        if key in value and not holds(value[key])
-    ]
-    if problems:
-        raise InputError(f"{place}: {'; '.join(problems)}")
-    return dict(value)

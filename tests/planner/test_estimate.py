@@ -1,0 +1,122 @@
+from dataclasses import replace
+
+import pytest
+
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.variants import VARIANTS, formats_for
+from lowmem.compute.operations.plain import PRODUCT_DTYPES
+from lowmem.compute.plan import Plan
+from lowmem.planner import estimate
+from lowmem.planner.cards import find
+from lowmem.planner.estimate import tokens_per_second
+
+SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
+WINDOWS = {"resident": 4096, "streamed": 16384}
+CARDS = ["GTX 1650", "RTX 2060 6GB", "RTX 3060", "RTX 4090", "RTX 5060 Ti 16GB", "T4"]
+
+
+def speed(
+    card="RTX 3060",
+    variant="fp16",
+    compute="fp16",
+    schedule="resident",
+    engine="torch",
+    device="cuda",
+    config=SEVEN_B,
+    text_tokens=512,
+    **changes,
+):
+    plan = Plan(variant, engine, device, compute, schedule, window_tokens=WINDOWS[schedule])
+    gpu = replace(find(card), **changes)
+    formats = formats_for(variant, config, "F16")
+    return tokens_per_second(plan, config, formats, gpu, text_tokens)
+
+
+def combinations(card):
+    for variant in VARIANTS:
+        for compute in PRODUCT_DTYPES:
+            if find(card).multiplies(compute):
+                for schedule in WINDOWS:
+                    yield {"variant": variant, "compute": compute, "schedule": schedule}
+
+
+def test_a_plan_of_the_16_bit_weights_takes_the_time_of_its_sums():
+    small = replace(SEVEN_B, num_hidden_layers=1, hidden_size=64, intermediate_size=128)
+    small = replace(small, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    rates = {"fp16": 1e12}
+    weights = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128
+    passes = 16 * 64 + 9 * (64 + 32) + 8 * 128
+    seconds = 2 * weights / (0.8 * 1e12) + 2 * 64 * 100 / (0.3 * 1e12)
+    seconds += 4 * passes / (0.8 * 1e11)
+    found = speed(config=small, text_tokens=100, rates=rates, memory_bandwidth=1e11)
+    assert found == pytest.approx(1 / seconds)
+
+
+def test_an_estimate_is_near_a_published_speed():
+    # llama.cpp, Mistral 7B in fp16 on an RTX 4090, prefill of 512 tokens: 7265 tokens/s.
+    assert 7265 / 1.5 < speed("RTX 4090") < 7265 * 1.5
+
+
+def test_no_estimate_is_above_the_rate_of_the_products():
+    for card in CARDS:
+        for combination in combinations(card):
+            peak = find(card).rates["fp16"] / (2 * SEVEN_B.linear_weights)
+            assert 0 < speed(card, **combination) < peak
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_faster_card_is_never_estimated_slower(card):
+    gpu = find(card)
+    faster = [{"rates": {**gpu.rates, name: 1.5 * rate}} for name, rate in gpu.rates.items()]
+    faster += [{key: 1.5 * getattr(gpu, key)} for key in ("memory_bandwidth", "copy_bandwidth")]
+    for combination in combinations(card):
+        base = speed(card, **combination)
+        assert all(speed(card, **combination, **changes) >= base for changes in faster)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_streaming_is_never_faster_than_holding_the_weights(card):
+    for combination in combinations(card):
+        resident = speed(card, **{**combination, "schedule": "resident"})
+        assert speed(card, **combination) <= resident
+
+
+def test_a_fast_link_hides_streaming_and_a_slow_one_bounds_it():
+    resident = speed()
+    assert speed(schedule="streamed") > 0.95 * resident
+    seconds = 2 * SEVEN_B.linear_weights / 1e9
+    slow = speed(schedule="streamed", copy_bandwidth=1e9)
+    assert slow == pytest.approx(16384 / seconds, rel=0.05)
+    assert slow < resident / 1.04
+
+
+def test_dequantization_and_longer_texts_cost_time():
+    assert speed(variant="int4") < speed(variant="int8") < speed()
+    assert speed(compute="bf16") < speed()  # the stored weights are fp16
+    assert speed(text_tokens=4096) < speed(text_tokens=64)
+
+
+def test_products_are_estimated_in_the_dtype_that_torch_multiplies():
+    named = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+    for compute, dtype in PRODUCT_DTYPES.items():
+        assert str(dtype) == named[estimate._ARITHMETIC["torch", compute]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": "cpu"},
+        {"rates": None},
+        {"rates": {"fp32": 1e13}},
+        {"memory_bandwidth": None},
+        {"schedule": "streamed", "copy_bandwidth": None},
+        {"engine": "onnxruntime", "variant": "int8", "compute": "int8"},
+    ],
+    ids=str,
+)
+def test_what_is_not_known_has_no_estimate(changes):
+    assert speed(**changes) is None
+
+
+def test_onnxruntime_multiplies_fp16_as_torch_does():
+    assert speed(engine="onnxruntime") == speed()
