@@ -99,7 +99,7 @@ def test_a_file_that_lacks_a_tensor_is_not_finished(path: Path, layout: Layout) 
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fdatasync"])
 def test_a_full_disk_is_a_capacity_error(
     code: int, call: str, path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
