@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import pytest
 
 from export import linking
+from export.journal import Journal
 from export.linking import link_or_copy, links
 from export.workspace import Workspace
 from lowmem import cache
@@ -392,6 +393,58 @@ def test_an_export_that_fails_while_publishing_puts_back_what_it_replaced(
     with pytest.raises(CapacityError) as caught:
         export()
     assert str(caught.value) == f"the disk is full: {path}"
+    assert tree(path) == before
+
+
+def kill_after_steps(path: Path, *files: str) -> Path:
+    """Leaves two variants under work, with a finished step that wrote some of their files."""
+    partial = path / PARTIAL
+    partial.mkdir(parents=True)
+    journal = Journal(partial)
+    journal.create(["int4", "int8"], WORK)
+    for variant in ("int4", "int8"):
+        fill(partial / variant, NEW)
+    journal.append("a step", {file: {} for file in files})
+    return partial
+
+
+def test_files_of_finished_steps_are_kept_and_all_others_go(path: Path) -> None:
+    kept = "int4/model.safetensors"
+    partial = kill_after_steps(path, kept)
+    (partial / "stray").write_text("")
+    with Workspace(path) as workspace:
+        assert workspace.finished("other work") == {}
+        assert workspace.finished(WORK) == {"a step": {kept: {}}}
+        workspace.begin(["int4", "int8"], 0, WORK, [kept])
+        assert set(tree(partial)) == {kept, "finished", "journal.json"}
+        workspace.record("another", {kept: {"a": 1}})
+        assert workspace.finished(WORK) == {"a step": {kept: {}}, "another": {kept: {"a": 1}}}
+
+
+@pytest.mark.parametrize("moved", [("int4",), ("int4", "int8")])
+def test_variants_that_were_moved_but_not_named_are_there_to_be_continued(
+    moved: tuple[str, ...], path: Path
+) -> None:
+    put(path, {"fp16": OLD, "int4": OLD})
+    kept = ["int4/model.safetensors", "int8/model.safetensors"]
+    partial = kill_after_steps(path, *kept)
+    before = tree(path)
+    (path / "int4").rename(partial / "replaced-int4")
+    for variant in moved:
+        (partial / variant).rename(path / variant)
+    with Workspace(path) as workspace:
+        assert tree(path) == before
+        assert workspace.finished(WORK) == {"a step": {file: {} for file in kept}}
+
+
+def test_a_directory_that_was_put_where_a_variant_will_go_is_not_touched(path: Path) -> None:
+    put(path, {"fp16": OLD})
+    kill_after_steps(path, "int4/model.safetensors")
+    (path / "int4").mkdir()
+    (path / "int4" / "thesis.tex").write_text("mine")
+    before = tree(path)
+    with Workspace(path) as workspace, pytest.raises(InputError, match="move it to another place"):
+        workspace.begin(["int4", "int8"], 0, WORK, ["int4/model.safetensors"])
     assert tree(path) == before
 
 
