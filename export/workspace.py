@@ -157,8 +157,10 @@ class Workspace:
                 target.rename(self.partial / f"replaced-{variant}")
             (self.partial / variant).rename(target)
         sync_directory(self.bundle)
-        with cache.replacing(self.bundle / MANIFEST) as file:
+        # Made in the workspace, so that a kill leaves no temporary file outside of it.
+        with cache.replacing(self.partial / MANIFEST) as file:
             file.write(strict_json.dumps(manifest.to_json()).encode())
+        (self.partial / MANIFEST).replace(self.bundle / MANIFEST)
         sync_directory(self.bundle)
         self.clear()
 

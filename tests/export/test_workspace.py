@@ -114,6 +114,21 @@ def test_a_published_bundle_holds_its_variants_and_nothing_else(path: Path) -> N
     assert Bundle(path).verify() == ([], [])
 
 
+def test_a_kill_at_any_replacement_leaves_no_temporary_file_in_the_bundle(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, there = os.replace, []
+
+    def spy(source: Path, target: Path) -> None:
+        there.append(set(os.listdir(path)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    put(path, {"int4": NEW})
+    assert len(there) >= 3  # journal, manifest, and the manifest's move
+    assert set().union(*there) == {PARTIAL, "int4"}
+
+
 def test_an_empty_directory_becomes_a_bundle(path: Path) -> None:
     path.mkdir()
     put(path, {"int4": NEW})

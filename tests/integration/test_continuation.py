@@ -324,15 +324,20 @@ def _remove(shard: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [_touch, _truncate, _replace, _remove])
-@pytest.mark.parametrize("moment", [("quantizing", 1), ("graphs, checks and hashes", 1)])
+@pytest.mark.parametrize(
+    "moment", [("quantizing", 1), ("quantizing", 3), ("graphs, checks and hashes", 1)]
+)
 def test_a_source_that_changes_during_the_export_is_one_error_and_no_bundle(
     change: Callable[[Path], None], moment: tuple[str, int], own_checkpoint: Path, tmp_path: Path
 ) -> None:
     shard = sorted(own_checkpoint.glob("*.safetensors"))[1]
     (tmp_path / "neighbour").write_text("not ours")
+    last = None
 
     def progress(what: str, done: int, total: int) -> None:
-        if (what, done) == moment:
+        nonlocal last
+        last = (what, done)
+        if last == moment:
             change(shard)
 
     with pytest.raises(BundleError) as caught:
@@ -340,6 +345,7 @@ def test_a_source_that_changes_during_the_export_is_one_error_and_no_bundle(
     assert str(caught.value) == (
         f"{shard} changed during the export: repeat it once the file stays as it is"
     )
+    assert last == moment or moment[0] != "quantizing"  # known at the end of the group
     assert list((tmp_path / "bundle").iterdir()) == []
     assert (tmp_path / "neighbour").read_text() == "not ours"
 

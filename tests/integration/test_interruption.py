@@ -192,7 +192,7 @@ def test_three_exports_of_two_billion_parameters_go_on_where_they_were_killed(
         tmp_path / "runs",
         variants=("fp16", "int8", "int4"),
         kills=3,
-        window=(0.3, 0.8),
+        window=(0.4, 0.8),
         rehearsals=1,
         threads=2,
         seconds=7200,
