@@ -1,29 +1,31 @@
 """The export: lay out, quantize group by group, write, check, publish.
 
 Memory holds one tensor of the source at a time, whatever the model's size. All variants are
-written in one pass over the source.
+written in one pass over the source. A group that is on the disk in every variant is journaled, and
+an export that goes on after a killed one does not read it again.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from export.graph import write_graphs
-from export.layout import Layout, lay_out
+from export.identity import SourceIdentity, changed
+from export.job import Job, by_file, kept_files, work_digest
+from export.journal import Finished
+from export.layout import lay_out
+from export.linking import link_or_copy, links
 from export.quantizers.data_free import quantize
 from export.sources import Source
-from export.workspace import Workspace, link_or_copy, links
+from export.workspace import Workspace
 from export.writer import TensorWriter
 from lowmem.artifact import strict_json
-from lowmem.artifact.config import config_json
+from lowmem.artifact.config import NORMS, ModelConfig, config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format, Plain, quantization_config
 from lowmem.artifact.manifest import Bundle, FileEntry, Manifest, Variant, file_sha256
@@ -33,21 +35,12 @@ from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, RawTensor
 from lowmem.artifact.variants import DTYPE_NAMES, formats_for, recipe_for
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint
 from lowmem.compute.operations.linear import to_torch
-from lowmem.errors import BundleError, CapacityError, InputError
+from lowmem.errors import BundleError, InputError
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
 _SMALL_FILES_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One variant to be written."""
-
-    name: str
-    formats: Mapping[str, Format]
-    layout: Layout | None  # None where the source's own files are linked
 
 
 def export(
@@ -77,47 +70,67 @@ def export(
         The new manifest.
 
     Raises:
-        BundleError: The source is damaged, or the bundle was made from another one.
+        BundleError: The source is damaged or changes meanwhile, or the bundle was made from
+            another one.
         CapacityError: The disk has not enough room.
-        InputError: A variant is unknown, is there from another recipe, or BUNDLE is no bundle.
+        InputError: A variant is unknown, is there from another recipe, or BUNDLE is no bundle or
+            cannot be written.
     """
     config = source.config
     contract = contract.bounded(config.longest_sequence)
     dtype = "BF16" if source.dtype == "BF16" else "F16"
-    workspace = Workspace(bundle)
-    old = workspace.manifest()
-    stanza = _source_stanza(source, progress)
-    if old is not None and old.source["sha256"] != stanza["sha256"]:
-        raise BundleError(f"{bundle} was exported with another source: choose another directory")
-    if old is not None and old.contract != contract:
-        raise BundleError(f"{bundle} was exported with another contract: choose another directory")
-    if not variants:
-        raise InputError("variants must name at least one variant")
-    jobs = []
-    for name in dict.fromkeys(variants):
-        formats = formats_for(name, config, dtype)
-        if old is not None and name in old.variants and not force:
-            _check_existing(bundle, old, name, dtype, onnx)
-            continue
-        linked = name == "fp16" and source.shards is not None
-        jobs.append(_Job(name, formats, None if linked else lay_out(config, dtype, formats)))
-    if not jobs and old is not None:
-        return old
+    with Workspace(bundle) as workspace:
+        old = workspace.manifest()
+        identity = SourceIdentity(source, progress)
+        stanza = _source_stanza(source, identity)
+        if old is not None and old.source["sha256"] != stanza["sha256"]:
+            raise BundleError(
+                f"{bundle} was exported with another source: choose another directory"
+            )
+        if old is not None and old.contract != contract:
+            raise BundleError(
+                f"{bundle} was exported with another contract: choose another directory"
+            )
+        if not variants:
+            raise InputError("variants must name at least one variant")
+        jobs = []
+        for name in dict.fromkeys(variants):
+            formats = formats_for(name, config, dtype)
+            if old is not None and name in old.variants and not force:
+                _check_existing(bundle, old, name, dtype, onnx)
+                continue
+            linked = name == "fp16" and source.shards is not None
+            layout = None if linked else lay_out(config, dtype, formats)
+            jobs.append(Job(name, recipe_for(name, dtype), formats, layout))
+        if not jobs and old is not None:
+            workspace.clear()
+            return old
 
-    stock = render_stock_files(config, contract, source.tokenizer_files())
-    workspace.begin([job.name for job in jobs], _needed_bytes(jobs, source, bundle, copy))
-    try:
-        for job in jobs:
-            directory = workspace.partial / job.name
-            _write_small_files(directory, job.formats, source, dtype, stock)
-            if job.layout is None:
-                _link_shards(source, directory, copy)
-        _write_tensors(source, dtype, jobs, workspace.partial, progress)
-        written = {}
-        for done, job in enumerate(jobs):
-            progress("graphs, checks and hashes", done, len(jobs))
-            directory = workspace.partial / job.name
-            written[job.name] = _finish(directory, job, contract, dtype, onnx)
+        stock = render_stock_files(config, contract, source.tokenizer_files())
+        try:
+            work = work_digest(identity, contract, jobs, copy=copy)
+            finished = workspace.finished(work)
+            kept = kept_files(finished, jobs, source, workspace.partial, progress)
+            needed_bytes = _needed_bytes(jobs, source, bundle, copy)
+            workspace.begin([job.name for job in jobs], needed_bytes, work, kept)
+            if not kept:
+                finished = {}
+            for job in jobs:
+                _write_small_files(workspace.partial / job.name, job.formats, source, dtype, stock)
+                if job.layout is None:
+                    _link_shards(source, job, workspace, finished, copy)
+            _write_tensors(source, identity, dtype, jobs, workspace, finished, progress)
+            written = {}
+            for done, job in enumerate(jobs):
+                progress("graphs, checks and hashes", done, len(jobs))
+                directory = workspace.partial / job.name
+                written[job.name] = _finish(directory, job, contract, onnx)
+                if job.layout is None:
+                    _check_linked(source, identity, written[job.name])
+        except (BundleError, OSError):
+            identity.check()  # a source that changed explains whatever else went wrong
+            raise
+        identity.check()
         manifest = Manifest(
             old.source if old else stanza,
             source.licence,
@@ -125,23 +138,12 @@ def export(
             {**(old.variants if old else {}), **written},
         )
         workspace.publish([job.name for job in jobs], manifest)
-    except BaseException as error:
-        workspace.abandon()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CapacityError(f"the disk is full: {bundle}") from error
-        raise
     return manifest
 
 
-def _source_stanza(source: Source, progress: Progress) -> dict[str, Any]:
-    """Name and identity of a source: one hash over the sorted hashes of its files."""
-    files = source.files()
-    entries = []
-    for done, path in enumerate(files):
-        progress("hashing the source", done, len(files))
-        entries.append((path.name, file_sha256(path)))
-    digest = hashlib.sha256(strict_json.canonical(sorted(entries))).hexdigest()
-    return {"name": source.name, "sha256": digest, "revision": None}
+def _source_stanza(source: Source, identity: SourceIdentity) -> dict[str, Any]:
+    """Name and identity of a source."""
+    return {"name": source.name, "sha256": identity.sha256, "revision": None}
 
 
 def _check_existing(bundle: Path, old: Manifest, name: str, dtype: str, onnx: bool) -> None:
@@ -154,7 +156,7 @@ def _check_existing(bundle: Path, old: Manifest, name: str, dtype: str, onnx: bo
     Bundle(bundle).check(name)
 
 
-def _needed_bytes(jobs: Sequence[_Job], source: Source, bundle: Path, copy: bool) -> int:
+def _needed_bytes(jobs: Sequence[Job], source: Source, bundle: Path, copy: bool) -> int:
     needed = 0
     place = next(folder for folder in (bundle, *bundle.absolute().parents) if folder.is_dir())
     for job in jobs:
@@ -175,7 +177,7 @@ def _write_small_files(
     dtype: str,
     stock: Mapping[str, bytes],
 ) -> None:
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     config = config_json(source.config, DTYPE_NAMES[dtype])
     quantization = quantization_config(formats)
     if quantization is not None:
@@ -187,47 +189,71 @@ def _write_small_files(
         path.write_bytes(content)
 
 
-def _link_shards(source: Source, directory: Path, copy: bool) -> None:
+def _link_shards(
+    source: Source, job: Job, workspace: Workspace, finished: Finished, copy: bool
+) -> None:
     assert source.shards is not None
     for shard in source.shards:
-        link_or_copy(shard, directory / shard.name, copy=copy)
+        file = f"{job.name}/{shard.name}"
+        if file not in finished:
+            link_or_copy(shard, workspace.partial / file, copy=copy)
+            workspace.record(file, {file: {}})
     if [shard.name for shard in source.shards] != [SINGLE_FILE]:
         index = source.shards[0].parent / INDEX_FILE
-        (directory / INDEX_FILE).write_bytes(index.read_bytes())
+        (workspace.partial / job.name / INDEX_FILE).write_bytes(index.read_bytes())
+
+
+def _check_linked(source: Source, identity: SourceIdentity, variant: Variant) -> None:
+    for shard in source.shards or ():
+        if variant.files[shard.name].sha256 != identity.files[shard.name]:
+            raise changed(shard)
+
+
+def _groups(config: ModelConfig) -> list[list[str]]:
+    """The source's tensors in the order of the layout: embedding, each layer, final norm."""
+    layers = [
+        [f"layers.{index}.{name}.weight" for name in (*NORMS, *config.linears())]
+        for index in range(config.num_hidden_layers)
+    ]
+    return [[EMBEDDING], *layers, [FINAL_NORM]]
 
 
 def _write_tensors(
-    source: Source, dtype: str, jobs: Sequence[_Job], partial: Path, progress: Progress
+    source: Source,
+    identity: SourceIdentity,
+    dtype: str,
+    jobs: Sequence[Job],
+    workspace: Workspace,
+    finished: Finished,
+    progress: Progress,
 ) -> None:
     """Reads each tensor of the source once, and writes it in every variant's format."""
-    config = source.config
+    kept, groups = by_file(finished), _groups(source.config)
     with ExitStack() as stack:
-        writers = {
-            job.name: stack.enter_context(
-                TensorWriter(partial / job.name / SINGLE_FILE, job.layout)
-            )
-            for job in jobs
-            if job.layout is not None
-        }
-        plain = [EMBEDDING]
-        for index in range(config.num_hidden_layers):
-            progress("quantizing", index, config.num_hidden_layers)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                plain.append(f"layers.{index}.{norm}.weight")
-            for name in plain:
-                raw = _sixteen_bits(source.tensor(name), dtype, name)
-                for writer in writers.values():
-                    writer.write(name, raw)
-            plain = []
-            for linear in config.linears():
-                module = f"layers.{index}.{linear}"
-                raw = _sixteen_bits(source.tensor(f"{module}.weight"), dtype, module)
+        writers = {}
+        for job in jobs:
+            if job.layout is not None:
+                path = workspace.partial / job.file
+                writer = TensorWriter(path, job.layout, kept.get(job.file, ()))
+                writers[job.file] = stack.enter_context(writer)
+        for done, group in enumerate(groups):
+            if group[0] in finished:
+                continue
+            progress("quantizing", done, len(groups))
+            for name in group:
+                module = name.removesuffix(".weight")
+                is_linear = module in jobs[0].formats
+                raw = _sixteen_bits(source.tensor(name), dtype, module if is_linear else name)
                 for job in jobs:
-                    if job.name in writers:
-                        _write_linear(writers[job.name], module, raw, job.formats[module])
-        raw = _sixteen_bits(source.tensor(FINAL_NORM), dtype, FINAL_NORM)
+                    if job.file not in writers:
+                        continue
+                    if is_linear:
+                        _write_linear(writers[job.file], module, raw, job.formats[module])
+                    else:
+                        writers[job.file].write(name, raw)
+            identity.check()
+            workspace.record(group[0], {file: writer.sync() for file, writer in writers.items()})
         for writer in writers.values():
-            writer.write(FINAL_NORM, raw)
             writer.finish()
 
 
@@ -249,7 +275,7 @@ def _sixteen_bits(raw: RawTensor, dtype: str, name: str) -> RawTensor:
     return raw if raw.dtype == dtype else RawTensor("F16", weight.numpy())
 
 
-def _finish(directory: Path, job: _Job, contract: Contract, dtype: str, onnx: bool) -> Variant:
+def _finish(directory: Path, job: Job, contract: Contract, onnx: bool) -> Variant:
     """Re-opens what was written, adds the graphs, and hashes all of it."""
     checkpoint = Checkpoint(directory)
     if dict(checkpoint.formats) != dict(job.formats):
@@ -261,7 +287,7 @@ def _finish(directory: Path, job: _Job, contract: Contract, dtype: str, onnx: bo
         if path.is_file():
             name = path.relative_to(directory).as_posix()
             files[name] = FileEntry(path.stat().st_size, file_sha256(path))
-    return Variant(job.name, recipe_for(job.name, dtype), _bits(checkpoint), graphs, files)
+    return Variant(job.name, job.recipe, _bits(checkpoint), graphs, files)
 
 
 def _bits(checkpoint: Checkpoint) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 Everything is written to ``BUNDLE/.partial/``; a variant's directory is moved into place only when
 it is complete, and ``lowmem.json`` is replaced last. So a killed export leaves a bundle that is as
-it was, or none at all. The journal names the variants under work: the next export removes those
-of them that no manifest names, puts back those that were being replaced, and touches nothing else.
-It is locked while its export lives, and is the last that goes.
+it was, or none at all. The journal names the variants under work: the next export moves those of
+them that no manifest names back, and with them those that were being replaced; then it goes on
+where the killed one was, or clears ``.partial/`` and begins anew. It touches nothing else. BUNDLE
+itself is locked meanwhile, and the journal is the last that goes.
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
 
+from export.journal import Checksums, Finished, Journal
+from export.linking import sync_directory, sync_tree
 from lowmem import cache
 from lowmem.artifact import strict_json
-from lowmem.artifact.manifest import MANIFEST, Bundle, Manifest, is_confined, parse_manifest
+from lowmem.artifact.manifest import MANIFEST, Bundle, Manifest, parse_manifest
 from lowmem.errors import BundleError, CapacityError, InputError, LowmemError
 
 PARTIAL = ".partial"
-_JOURNAL = "journal.json"
-_FICLONE = 0x40049409
 _SPARE_BYTES = 64 * 2**20
 
 
 class Workspace:
-    """One export's hold on a bundle directory.
+    """One export's hold on a bundle directory; use it as a context manager.
+
+    A block that fails takes back what has been done since ``begin``, and an OSError in it becomes
+    the one error of a target that cannot be written.
 
     Attributes:
         bundle: The bundle's directory.
@@ -38,7 +42,7 @@ class Workspace:
     """
 
     def __init__(self, bundle: Path) -> None:
-        """Takes hold of a directory, and clears what a killed export left in it.
+        """Takes hold of a directory, and undoes what a killed export had moved in it.
 
         Raises:
             BundleError: The manifest or the journal is damaged.
@@ -47,16 +51,28 @@ class Workspace:
         """
         self.bundle = bundle
         self.partial = bundle / PARTIAL
-        self._journal = self.partial / _JOURNAL
-        self._lock: BinaryIO | None = None
+        self._journal = Journal(self.partial)
+        self._lock: int | None = None
+        self._has_begun = False
         if bundle.exists() and not bundle.is_dir():
             raise InputError(f"a bundle is a directory, got the file {bundle}")
-        if bundle.is_dir() and not self._is_ours():
-            raise InputError(f"{bundle} is not empty and is no bundle: choose another directory")
+        if not bundle.is_dir():
+            return
         try:
-            self._clear()
+            self._take_lock()
+            if not self._is_ours():
+                raise InputError(
+                    f"{bundle} is not empty and is no bundle: choose another directory"
+                )
+            if self.partial.is_symlink():
+                raise InputError(f"{self.partial} must be a directory, got a link: remove it")
+            self._take_back()
         except OSError as error:
-            raise InputError(f"{bundle} cannot be written: {error.strerror}") from error
+            self._release()
+            raise _unwritable(bundle, error) from error
+        except BaseException:
+            self._release()
+            raise
 
     def manifest(self) -> Manifest | None:
         """The manifest that stands in the directory, or None.
@@ -69,12 +85,25 @@ class Workspace:
             return None
         return parse_manifest(strict_json.read_object(path), str(path))
 
-    def begin(self, variants: Iterable[str], needed_bytes: int) -> None:
-        """Starts a journal.
+    def finished(self, work: str) -> Finished:
+        """The steps of the same work that a killed export has finished.
+
+        Raises:
+            BundleError: The journal is damaged.
+        """
+        return self._journal.finished(work) if self._journal.path.exists() else {}
+
+    def begin(
+        self, variants: Iterable[str], needed_bytes: int, work: str, keep: Collection[str] = ()
+    ) -> None:
+        """Starts a journal, or goes on with the one that is there.
 
         Args:
             variants: Those that will be written.
             needed_bytes: What all files together will take on the disk.
+            work: Digest of all that decides the variants' bytes.
+            keep: Files of a killed export of the same work, by their paths in ``partial``. All
+                else in there goes, and without any the journal too.
 
         Raises:
             CapacityError: The disk has not enough room.
@@ -90,23 +119,34 @@ class Workspace:
                     f"{self.bundle / variant} is there and is no variant of the bundle: move it "
                     "to another place"
                 )
+        kept = {self.partial / path for path in keep}
         try:
-            self.bundle.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self.bundle.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+                if os.listdir(self.bundle):
+                    raise InputError(_busy(self.bundle))
+            if not kept:
+                self.clear()
+            needed = needed_bytes + _SPARE_BYTES - sum(map(_allocated, kept))
             free = shutil.disk_usage(self.bundle).free
-            if free < needed_bytes + _SPARE_BYTES:
+            if free < needed:
                 raise CapacityError(
-                    f"the export needs {needed_bytes + _SPARE_BYTES} bytes of disk, {free} are "
-                    f"free ({self.bundle})"
+                    f"the export needs {needed} bytes of disk, {free} are free ({self.bundle})"
                 )
-            self.partial.mkdir()
-            with cache.replacing(self._journal) as file:
-                file.write(strict_json.dumps({"format": 1, "variants": variants}).encode())
-            self._lock = self._journal.open("rb")
-        except FileExistsError as error:
-            raise InputError(_busy(self.bundle)) from error
+            self._has_begun = True
+            if kept:
+                _empty(self.partial, {*kept, self._journal.path, self._journal.steps_path})
+                self._journal.drop_torn_line()
+            else:
+                self.partial.mkdir()
+                self._journal.create(variants, work)
         except OSError as error:
-            raise InputError(f"{self.bundle} cannot be written: {error.strerror}") from error
-        _try_to_lock(self._lock)
+            raise _unwritable(self.bundle, error) from error
+
+    def record(self, step: str, files: Mapping[str, Checksums]) -> None:
+        """Notes a finished step; what it wrote into each file must be on the disk by now."""
+        self._journal.append(step, files)
 
     def publish(self, variants: Sequence[str], manifest: Manifest) -> None:
         """Moves finished variants into place, then replaces the manifest, then cleans up."""
@@ -116,68 +156,78 @@ class Workspace:
             if target.exists():
                 target.rename(self.partial / f"replaced-{variant}")
             (self.partial / variant).rename(target)
-        _sync_directory(self.bundle)
-        with cache.replacing(self.bundle / MANIFEST) as file:
+        sync_directory(self.bundle)
+        # Made in the workspace, so that a kill leaves no temporary file outside of it.
+        with cache.replacing(self.partial / MANIFEST) as file:
             file.write(strict_json.dumps(manifest.to_json()).encode())
-        _sync_directory(self.bundle)
-        self._release()
-        self._clear()
+        (self.partial / MANIFEST).replace(self.bundle / MANIFEST)
+        sync_directory(self.bundle)
+        self.clear()
 
-    def abandon(self) -> None:
-        """Takes back what this export has done so far, after an error."""
+    def clear(self) -> None:
+        """Removes ``partial`` with all that is in it, the journal last."""
+        if self.partial.exists():
+            _empty(self.partial, {self._journal.path})
+            self._journal.path.unlink(missing_ok=True)
+            self.partial.rmdir()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and self._has_begun:
+            # What cannot be taken back now is left to the next export.
+            with contextlib.suppress(OSError, LowmemError):
+                self._take_back()
+                self.clear()
         self._release()
-        # What cannot be taken back now is left to the next export.
-        with contextlib.suppress(OSError, LowmemError):
-            self._clear()
+        if isinstance(error, OSError):
+            raise _unwritable(self.bundle, error) from error
 
     def _is_ours(self) -> bool:
         """Whether a directory is empty or a bundle, if only one that an export has just begun."""
         there = set(os.listdir(self.bundle))
-        if not there or MANIFEST in there or self._journal.exists():
+        if not there or MANIFEST in there or self._journal.path.exists():
             return True
         if there != {PARTIAL} or self.partial.is_symlink() or not self.partial.is_dir():
             return False
         return all(name.startswith(".lowmem-") for name in os.listdir(self.partial))
 
+    def _take_lock(self) -> None:
+        """Locks the bundle's directory while this is open, if its file system has locks."""
+        self._lock = os.open(self.bundle, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(_busy(self.bundle)) from error
+        except OSError:
+            return
+
     def _release(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
-    def _clear(self) -> None:
-        if self.partial.is_symlink():
-            raise InputError(f"{self.partial} must be a directory, got a link: remove it")
-        if not self.partial.exists():
-            return
-        if self._journal.exists():
-            with self._journal.open("rb") as journal:
-                if not _try_to_lock(journal):
-                    raise InputError(_busy(self.bundle))
-                self._take_back()
-        for path in self.partial.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path != self._journal:
-                path.unlink()
-        self._journal.unlink(missing_ok=True)
-        self.partial.rmdir()
-
     def _take_back(self) -> None:
-        """Removes variants that are not in the manifest, and puts back replaced ones that are."""
+        """Moves variants that are not in the manifest back, and replaced ones that are."""
+        if not self._journal.path.exists():
+            return
         manifest = self.manifest()
         named = manifest.variants if manifest is not None else {}
-        variants = strict_json.read_object(self._journal).get("variants")
-        if not isinstance(variants, list) or not all(map(_is_variant_name, variants)):
-            raise BundleError(
-                f"variants must be a list of plain names, got {variants!r:.200} ({self._journal})"
-            )
-        for variant in variants:
-            target, replaced = self.bundle / variant, self.partial / f"replaced-{variant}"
-            if variant not in named:
-                shutil.rmtree(target, ignore_errors=True)
-            elif replaced.exists() and not self._is_intact(variant):
-                # Killed between the moves and the new manifest: the old variant goes back.
-                shutil.rmtree(target, ignore_errors=True)
+        for variant in self._journal.variants():
+            target, mine = self.bundle / variant, self.partial / variant
+            replaced = self.partial / f"replaced-{variant}"
+            if variant in named and (not replaced.exists() or self._is_intact(variant)):
+                continue
+            # Where both are there, the one in place was not moved there by an export.
+            if target.exists() and not mine.exists():
+                target.rename(mine)
+            if replaced.exists():
                 replaced.rename(target)
 
     def _is_intact(self, variant: str) -> bool:
@@ -192,82 +242,26 @@ def _busy(bundle: Path) -> str:
     return f"another export is writing to {bundle}: let it finish"
 
 
-def _is_variant_name(name: object) -> bool:
-    plain = isinstance(name, str) and is_confined(name) and "/" not in name
-    return plain and name not in ("reference", "reports")
+def _unwritable(bundle: Path, error: OSError) -> LowmemError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CapacityError(f"the disk is full: {bundle}")
+    return InputError(f"{bundle} cannot be written: {error.strerror}")
 
 
-def _try_to_lock(file: BinaryIO) -> bool:
-    """Locks a file for as long as it is open; True also where its file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+def _allocated(path: Path) -> int:
+    """Bytes that a file takes on the disk for itself."""
+    status = path.stat()
+    return status.st_blocks * 512 if status.st_nlink == 1 else 0
 
 
-def link_or_copy(source: Path, target: Path, *, copy: bool) -> None:
-    """Gives a file a second place: by reflink, else by hard link, else by copy.
-
-    Args:
-        source: The file; of a link, what it points to.
-        target: The new name; must not exist.
-        copy: Whether to always write the bytes again.
-
-    Raises:
-        CapacityError: The disk is full.
-    """
-    source = source.resolve()
-    if not copy and (_reflink(source, target) or _hard_link(source, target)):
-        return
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CapacityError(f"the disk is full: {target} could not be copied") from error
-        raise
-
-
-def links(source: Path, directory: Path) -> bool:
-    """Whether a file can be given a second place in a directory without writing its bytes."""
-    return source.resolve().stat().st_dev == directory.stat().st_dev
-
-
-def sync_tree(directory: Path) -> None:
-    """Brings every file of a directory, and the directories themselves, to the disk."""
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            descriptor = os.open(Path(folder) / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _sync_directory(Path(folder))
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reflink(source: Path, target: Path) -> bool:
-    with source.open("rb") as read, target.open("xb") as write:
-        try:
-            fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
-        except OSError:
-            target.unlink()
-            return False
-    return True
-
-
-def _hard_link(source: Path, target: Path) -> bool:
-    try:
-        os.link(source, target)
-    except OSError:
-        return False
-    return True
+def _empty(directory: Path, keep: Collection[Path]) -> None:
+    """Removes all but some files from a directory; links are not followed."""
+    for path in directory.iterdir():
+        if path in keep:
+            continue
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        elif any(path in kept.parents for kept in keep):
+            _empty(path, keep)
+        else:
+            shutil.rmtree(path)

@@ -1,9 +1,12 @@
-"""One safetensors file, written tensor by tensor into its layout."""
+"""One safetensors file, written tensor by tensor into its layout, by one export or several."""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
+import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -14,20 +17,31 @@ from export.layout import Layout
 from lowmem.artifact.tensors import RawTensor, TensorSpec
 from lowmem.errors import BundleError, CapacityError
 
+_BLOCK_BYTES = 2**20
+
 
 class TensorWriter:
     """An open file; use it as a context manager, and call ``finish`` when all is written."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, kept: Collection[str] = ()) -> None:
         """Creates the file, reserves its space, and writes the header and the constants.
+
+        Args:
+            path: The file.
+            layout: Its plan.
+            kept: Tensors that an earlier export has written and ``holds`` has found there; with
+                any, the file is opened as it is.
 
         Raises:
             CapacityError: The disk is full, or takes no file of this size.
         """
         self._path = path
         self._layout = layout
-        self._missing = set(layout.specs)
-        self._file = path.open("xb", buffering=0)
+        self._missing = set(layout.specs) - set(kept)
+        self._unsynced: dict[str, int] = {}
+        self._file = path.open("r+b" if kept else "xb", buffering=0)
+        if kept:
+            return
         try:
             os.posix_fallocate(self._file.fileno(), 0, layout.size)
             self._put(layout.header, 0)
@@ -49,14 +63,29 @@ class TensorWriter:
         planned, got = self._layout.specs[name], TensorSpec(raw.dtype, raw.shape)
         if got != planned:
             raise BundleError(f"{name} must be {planned}, got {got}")
+        data = np.ascontiguousarray(raw.array).reshape(-1).view(np.uint8).data
         try:
-            self._put(
-                np.ascontiguousarray(raw.array).reshape(-1).view(np.uint8).data,
-                self._layout.offsets[name],
-            )
+            self._put(data, self._layout.offsets[name])
         except OSError as error:
             self._raise(error)
+        self._unsynced[name] = zlib.crc32(data)
         self._missing.discard(name)
+
+    def sync(self) -> dict[str, int]:
+        """Brings what has been written to the disk.
+
+        Returns:
+            The CRC-32 of each tensor that was written since the last time.
+
+        Raises:
+            CapacityError: The disk is full.
+        """
+        try:
+            os.fdatasync(self._file.fileno())
+        except OSError as error:
+            self._raise(error)
+        synced, self._unsynced = self._unsynced, {}
+        return synced
 
     def finish(self) -> None:
         """Syncs the file to the disk; every tensor must have been written.
@@ -65,10 +94,7 @@ class TensorWriter:
             CapacityError: The disk is full.
         """
         assert not self._missing, sorted(self._missing)[:5]
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._raise(error)
+        self.sync()
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -96,3 +122,35 @@ class TensorWriter:
                 f"a file of {size} bytes is over the limit of its disk or user ({self._path})"
             ) from error
         raise error
+
+
+def holds(path: Path, layout: Layout, checksums: Mapping[str, int]) -> bool:
+    """Whether a file has its layout's size and header, and tensors with these CRC-32.
+
+    A link, or a file that has another name too, may be someone else's: it does not count.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with open(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                return False
+            if status.st_size != layout.size or file.read(len(layout.header)) != layout.header:
+                return False
+            return all(
+                _crc32(descriptor, layout.offsets[name], layout.specs[name].nbytes) == checksum
+                for name, checksum in checksums.items()
+            )
+    except OSError:
+        return False
+
+
+def _crc32(descriptor: int, offset: int, size: int) -> int:
+    checksum, end = 0, offset + size
+    while offset < end:
+        block = os.pread(descriptor, min(_BLOCK_BYTES, end - offset), offset)
+        if not block:
+            raise OSError(errno.EIO, "the file ends too early")
+        checksum = zlib.crc32(block, checksum)
+        offset += len(block)
+    return checksum

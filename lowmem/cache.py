@@ -110,7 +110,7 @@ def verified_sha256(path: Path) -> str | None:
         64 hex digits, or None if it must be hashed again.
     """
     try:
-        key = _identity(path.stat())
+        key = identity(path.stat())
     except OSError:
         return None
     sha256 = (read_json(_VERIFIED) or {}).get(key)
@@ -128,15 +128,20 @@ def remember_sha256(path: Path, sha256: str, *, before: os.stat_result | None = 
             not remembered.
     """
     try:
-        key = _identity(path.stat())
+        key = identity(path.stat())
     except OSError:
         return
-    if before is not None and key != _identity(before):
+    if before is not None and key != identity(before):
         return
     known = read_json(_VERIFIED) or {}
     known.pop(key, None)
     kept = list(known.items())[-(_VERIFIED_LIMIT - 1) :]
     write_json(_VERIFIED, {**dict(kept), key: sha256})
+
+
+def identity(status: os.stat_result) -> str:
+    """Device, inode, size and time of a file: the same as long as nobody changes the file."""
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 
 @contextlib.contextmanager
@@ -175,10 +180,6 @@ def _check_name(name: str) -> None:
 
 def _path(name: str) -> Path:
     return directory() / f"{name}.json"
-
-
-def _identity(status: os.stat_result) -> str:
-    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 
 @functools.cache

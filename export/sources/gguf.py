@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from export.sources.gguf_header import GgufTensor, read_header
 from export.sources.gguf_tokenizer import tokenizer_files
 from lowmem.artifact.config import ModelConfig, parse_config
-from lowmem.artifact.tensors import RawTensor, some_names
+from lowmem.artifact.tensors import RawTensor, StoredTensor, some_names
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM
 from lowmem.errors import BundleError, missing_extra
 
@@ -98,16 +98,14 @@ class GgufFile:
         tensor = self._tensors[name]
         kind = self._gguf.GGMLQuantizationType(tensor.type)
         rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
-        shape = (rows, self._row_bytes(tensor))
-        try:
-            data = np.memmap(self._path, np.uint8, "r", tensor.offset, shape)
-        except (OSError, ValueError) as error:
-            raise BundleError(f"{self._path} cannot be mapped: {error}") from error
+        row_bytes = self._row_bytes(tensor)
         array = np.empty((rows, columns), np.float16)
         step = max(1, _BLOCK_BYTES // (columns * 4))
         for row in range(0, rows, step):
+            shape, offset = (min(step, rows - row), row_bytes), tensor.offset + row * row_bytes
+            data = StoredTensor("U8", shape, self._path, offset).read().array
             with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at
-                block = self._gguf.dequantize(data[row : row + step], kind)
+                block = self._gguf.dequantize(data, kind)
                 rounded = block.astype(np.float16)
             finite = np.isfinite(rounded)
             if not finite.all():

@@ -63,12 +63,12 @@ class HuggingFaceDirectory:
         return tuple(sorted({tensor.path for tensor in tensors}))
 
     def tensor(self, name: str) -> RawTensor:
-        """One tensor, mapped from its file; in memory only where its dtype is not ``dtype``.
+        """One tensor, read into memory: a map would kill the process if its file became shorter.
 
         Raises:
             BundleError: The file has vanished or has become shorter.
         """
-        raw = self._checkpoint.tensors[name].map()
+        raw = self._checkpoint.tensors[name].read()
         return raw if raw.dtype == self.dtype else RawTensor("F32", raw.float32())
 
     def tokenizer_files(self) -> dict[str, bytes]:

@@ -292,8 +292,8 @@ def test_a_tensor_is_never_whole_in_float32(smollm2: GgufFile) -> None:
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Dequantizing holds a block three times: as it is made, joined, and rounded.
-    assert peak_bytes < raw.nbytes + 4 * _BLOCK_BYTES
+    # A block is there as it was read, and in float32 as it is made, joined, and rounded.
+    assert peak_bytes < raw.nbytes + 5 * _BLOCK_BYTES
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65520.0])
@@ -489,7 +489,7 @@ def test_a_file_that_shrinks_later_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "x.gguf")
     source = GgufFile(path)
     os.truncate(path, 4096)
-    with pytest.raises(BundleError, match=r"x\.gguf cannot be mapped"):
+    with pytest.raises(BundleError, match=r"x\.gguf ends before byte \d+$"):
         source.tensor("norm.weight")
 
 

@@ -10,8 +10,10 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from export import workspace as module
-from export.workspace import Workspace, link_or_copy, links
+from export import linking
+from export.journal import Journal
+from export.linking import link_or_copy, links
+from export.workspace import Workspace
 from lowmem import cache
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle, FileEntry, Manifest, Variant, file_sha256
@@ -28,6 +30,7 @@ CONTRACT = Contract(
     normalize_embeddings=True,
 )
 PARTIAL = ".partial"
+WORK = "digest of the work"
 OLD, NEW = b"the old weights", b"the new weights, and more"
 
 
@@ -58,16 +61,22 @@ def variant_of(directory: Path) -> Variant:
 
 def put(path: Path, contents: Mapping[str, bytes]) -> Manifest:
     """Writes variants as an export does."""
-    workspace = Workspace(path)
-    old = workspace.manifest()
-    workspace.begin(contents, 0)
-    for name, content in contents.items():
-        fill(workspace.partial / name, content)
-    written = {name: variant_of(workspace.partial / name) for name in contents}
-    variants = {**(old.variants if old else {}), **written}
-    manifest = Manifest({"name": "tiny"}, None, CONTRACT, variants)
-    workspace.publish(list(contents), manifest)
+    with Workspace(path) as workspace:
+        old = workspace.manifest()
+        workspace.begin(contents, 0, WORK)
+        for name, content in contents.items():
+            fill(workspace.partial / name, content)
+        written = {name: variant_of(workspace.partial / name) for name in contents}
+        variants = {**(old.variants if old else {}), **written}
+        manifest = Manifest({"name": "tiny"}, None, CONTRACT, variants)
+        workspace.publish(list(contents), manifest)
     return manifest
+
+
+def open_and_clear(path: Path) -> None:
+    """Does what an export does that has nothing to write."""
+    with Workspace(path) as workspace:
+        workspace.clear()
 
 
 def leave_journal(path: Path, *variants: Any) -> Path:
@@ -103,6 +112,21 @@ def test_a_published_bundle_holds_its_variants_and_nothing_else(path: Path) -> N
         "lowmem.json",
     ]
     assert Bundle(path).verify() == ([], [])
+
+
+def test_a_kill_at_any_replacement_leaves_no_temporary_file_in_the_bundle(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, there = os.replace, []
+
+    def spy(source: Path, target: Path) -> None:
+        there.append(set(os.listdir(path)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", spy)
+    put(path, {"int4": NEW})
+    assert len(there) >= 3  # journal, manifest, and the manifest's move
+    assert set().union(*there) == {PARTIAL, "int4"}
 
 
 def test_an_empty_directory_becomes_a_bundle(path: Path) -> None:
@@ -157,7 +181,7 @@ def test_a_directory_that_cannot_be_made_is_an_input_error(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     bundle = tmp_path / "file" / "bundle"
     with pytest.raises(InputError) as caught:
-        Workspace(bundle).begin(["int4"], 0)
+        Workspace(bundle).begin(["int4"], 0, WORK)
     assert str(caught.value) == f"{bundle} cannot be written: Not a directory"
 
 
@@ -168,16 +192,15 @@ def test_too_little_disk_is_known_before_the_first_byte(
     before = tree(path)
     free = 2**26 + 999
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    with pytest.raises(CapacityError) as caught:
-        Workspace(path).begin(["int4"], 1000)
+    with Workspace(path) as workspace, pytest.raises(CapacityError) as caught:
+        workspace.begin(["int4"], 1000, WORK)
     assert str(caught.value) == (
         f"the export needs {2**26 + 1000} bytes of disk, {free} are free ({path})"
     )
     assert tree(path) == before
     assert not (path / PARTIAL).exists()
-    workspace = Workspace(path)
-    workspace.begin(["int4"], 999)
-    workspace.abandon()
+    with Workspace(path) as workspace:
+        workspace.begin(["int4"], 999, WORK)
 
 
 def test_something_under_a_variants_name_that_the_manifest_does_not_know_is_not_touched(
@@ -187,8 +210,8 @@ def test_something_under_a_variants_name_that_the_manifest_does_not_know_is_not_
     (path / "int4").mkdir()
     (path / "int4" / "thesis.tex").write_text("mine")
     before = tree(path)
-    with pytest.raises(InputError) as caught:
-        Workspace(path).begin(["int4"], 0)
+    with Workspace(path) as workspace, pytest.raises(InputError) as caught:
+        workspace.begin(["int4"], 0, WORK)
     assert str(caught.value) == (
         f"{path / 'int4'} is there and is no variant of the bundle: move it to another place"
     )
@@ -210,7 +233,7 @@ def test_half_written_variants_are_removed_and_nothing_else(path: Path) -> None:
     put(path, {"fp16": OLD})
     before = add_strangers(path)
     fill(leave_journal(path, "int4", "int8") / "int4", NEW[:5])
-    Workspace(path)
+    open_and_clear(path)
     assert tree(path) == before
     assert not (path / PARTIAL).exists()
 
@@ -221,7 +244,7 @@ def test_variants_that_no_manifest_names_yet_are_removed(path: Path) -> None:
     before = add_strangers(path)
     fill(leave_journal(path, "int4", "int8") / "int8", NEW)
     fill(path / "int4", NEW)
-    Workspace(path)
+    open_and_clear(path)
     assert tree(path) == before
 
 
@@ -230,7 +253,7 @@ def test_a_first_export_that_was_killed_before_its_manifest_leaves_nothing(path:
     fill(path / "int4", NEW)
     with pytest.raises(BundleError, match="is no bundle: it has no"):
         Bundle(path)
-    Workspace(path)
+    open_and_clear(path)
     assert list(path.iterdir()) == []
 
 
@@ -241,7 +264,7 @@ def test_a_variant_that_was_being_replaced_goes_back(new_is_in_place: bool, path
     partial = leave_journal(path, "int4")
     (path / "int4").rename(partial / "replaced-int4")
     fill(path / "int4" if new_is_in_place else partial / "int4", NEW)
-    Workspace(path)
+    open_and_clear(path)
     assert tree(path) == before
     assert Bundle(path).verify()[0] == []
 
@@ -250,7 +273,7 @@ def test_a_variant_that_was_replaced_stays_once_the_manifest_names_it(path: Path
     put(path, {"int4": NEW})
     before = add_strangers(path)
     fill(leave_journal(path, "int4") / "replaced-int4", OLD)
-    Workspace(path)
+    open_and_clear(path)
     assert tree(path) == before
 
 
@@ -267,9 +290,9 @@ def test_a_journal_goes_last(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            Workspace(path)
+            open_and_clear(path)
     assert (partial / "journal.json").exists()
-    Workspace(path)
+    open_and_clear(path)
     assert list(path.iterdir()) == []
 
 
@@ -312,34 +335,52 @@ def test_links_in_the_workspace_are_not_followed(path: Path, tmp_path: Path) -> 
     partial = leave_journal(path, "int4")
     (partial / "int8").symlink_to(outside, target_is_directory=True)
     (partial / "file").symlink_to(outside / "model.safetensors")
-    Workspace(path)
+    open_and_clear(path)
     assert not partial.exists()
     assert (outside / "model.safetensors").read_bytes() == OLD
 
 
 def test_two_exports_into_one_bundle_do_not_meet(path: Path) -> None:
     put(path, {"fp16": OLD})
-    first, late = Workspace(path), Workspace(path)
-    first.begin(["int4"], 0)
-    fill(first.partial / "int4", NEW)
-    with pytest.raises(InputError) as caught:
-        Workspace(path)
-    assert str(caught.value) == f"another export is writing to {path}: let it finish"
-    with pytest.raises(InputError) as caught:
-        late.begin(["int8"], 0)
-    assert str(caught.value) == f"another export is writing to {path}: let it finish"
-    assert (first.partial / "int4" / "model.safetensors").read_bytes() == NEW
-    first.abandon()
+    with Workspace(path) as first:
+        for begin in (lambda: None, lambda: first.begin(["int4"], 0, WORK)):
+            begin()
+            with pytest.raises(InputError) as caught:
+                Workspace(path)
+            assert str(caught.value) == f"another export is writing to {path}: let it finish"
+        assert (first.partial / "journal.json").exists()
     put(path, {"int4": NEW})
+    Bundle(path).check("fp16")
+
+
+def test_two_exports_that_make_one_bundle_do_not_meet(path: Path) -> None:
+    with Workspace(path) as late:
+        with Workspace(path) as first:
+            first.begin(["int4"], 0, WORK)
+            fill(first.partial / "int4", NEW)
+            with pytest.raises(InputError) as caught:
+                Workspace(path)
+            assert str(caught.value) == f"another export is writing to {path}: let it finish"
+            variant = variant_of(first.partial / "int4")
+            first.publish(["int4"], Manifest({}, None, CONTRACT, {"int4": variant}))
+        with pytest.raises(InputError) as caught:
+            late.begin(["int8"], 0, WORK)
+        assert str(caught.value) == f"another export is writing to {path}: let it finish"
+    assert Bundle(path).verify() == ([], [])
 
 
 def test_an_abandoned_export_leaves_the_bundle_as_it_was(path: Path) -> None:
     put(path, {"fp16": OLD})
     before = add_strangers(path)
-    workspace = Workspace(path)
-    workspace.begin(["int4", "fp16"], 0)
-    fill(workspace.partial / "int4", NEW)
-    workspace.abandon()
+
+    def export() -> None:
+        with Workspace(path) as workspace:
+            workspace.begin(["int4", "fp16"], 0, WORK)
+            fill(workspace.partial / "int4", NEW)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export()
     assert tree(path) == before
     assert not (path / PARTIAL).exists()
 
@@ -349,22 +390,76 @@ def test_an_export_that_fails_while_publishing_puts_back_what_it_replaced(
 ) -> None:
     put(path, {"int4": OLD})
     before = add_strangers(path)
-    workspace = Workspace(path)
-    manifest = workspace.manifest()
-    assert manifest is not None
-    workspace.begin(["int4", "int8"], 0)
-    fill(workspace.partial / "int4", NEW)
-    fill(workspace.partial / "int8", NEW)
 
     def full(target: Path) -> AbstractContextManager[BinaryIO]:
+        assert (path / "int4" / "model.safetensors").read_bytes() == NEW
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "replacing", full)
-        with pytest.raises(OSError, match="No space left"):
+    def export() -> None:
+        with Workspace(path) as workspace:
+            manifest = workspace.manifest()
+            assert manifest is not None
+            workspace.begin(["int4", "int8"], 0, WORK)
+            fill(workspace.partial / "int4", NEW)
+            fill(workspace.partial / "int8", NEW)
+            monkeypatch.setattr(cache, "replacing", full)
             workspace.publish(["int4", "int8"], manifest)
-    assert (path / "int4" / "model.safetensors").read_bytes() == NEW
-    workspace.abandon()
+
+    with pytest.raises(CapacityError) as caught:
+        export()
+    assert str(caught.value) == f"the disk is full: {path}"
+    assert tree(path) == before
+
+
+def kill_after_steps(path: Path, *files: str) -> Path:
+    """Leaves two variants under work, with a finished step that wrote some of their files."""
+    partial = path / PARTIAL
+    partial.mkdir(parents=True)
+    journal = Journal(partial)
+    journal.create(["int4", "int8"], WORK)
+    for variant in ("int4", "int8"):
+        fill(partial / variant, NEW)
+    journal.append("a step", {file: {} for file in files})
+    return partial
+
+
+def test_files_of_finished_steps_are_kept_and_all_others_go(path: Path) -> None:
+    kept = "int4/model.safetensors"
+    partial = kill_after_steps(path, kept)
+    (partial / "stray").write_text("")
+    with Workspace(path) as workspace:
+        assert workspace.finished("other work") == {}
+        assert workspace.finished(WORK) == {"a step": {kept: {}}}
+        workspace.begin(["int4", "int8"], 0, WORK, [kept])
+        assert set(tree(partial)) == {kept, "finished", "journal.json"}
+        workspace.record("another", {kept: {"a": 1}})
+        assert workspace.finished(WORK) == {"a step": {kept: {}}, "another": {kept: {"a": 1}}}
+
+
+@pytest.mark.parametrize("moved", [("int4",), ("int4", "int8")])
+def test_variants_that_were_moved_but_not_named_are_there_to_be_continued(
+    moved: tuple[str, ...], path: Path
+) -> None:
+    put(path, {"fp16": OLD, "int4": OLD})
+    kept = ["int4/model.safetensors", "int8/model.safetensors"]
+    partial = kill_after_steps(path, *kept)
+    before = tree(path)
+    (path / "int4").rename(partial / "replaced-int4")
+    for variant in moved:
+        (partial / variant).rename(path / variant)
+    with Workspace(path) as workspace:
+        assert tree(path) == before
+        assert workspace.finished(WORK) == {"a step": {file: {} for file in kept}}
+
+
+def test_a_directory_that_was_put_where_a_variant_will_go_is_not_touched(path: Path) -> None:
+    put(path, {"fp16": OLD})
+    kill_after_steps(path, "int4/model.safetensors")
+    (path / "int4").mkdir()
+    (path / "int4" / "thesis.tex").write_text("mine")
+    before = tree(path)
+    with Workspace(path) as workspace, pytest.raises(InputError, match="move it to another place"):
+        workspace.begin(["int4", "int8"], 0, WORK, ["int4/model.safetensors"])
     assert tree(path) == before
 
 
@@ -381,7 +476,7 @@ def test_a_damaged_manifest_is_an_error_and_nothing_is_removed(path: Path) -> No
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file on a disk that cannot share blocks between files."""
-    monkeypatch.setattr(module, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(linking, "_reflink", lambda source, target: False)
     path = tmp_path / "source.safetensors"
     path.write_bytes(OLD)
     return path

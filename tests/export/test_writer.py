@@ -1,6 +1,7 @@
 import errno
 import os
 import resource
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from export.layout import Layout
-from export.writer import TensorWriter
+from export.writer import TensorWriter, holds
 from lowmem.artifact.tensors import RawTensor, TensorSpec, header_bytes, read_header
 from lowmem.errors import BundleError, CapacityError
 
@@ -99,7 +100,7 @@ def test_a_file_that_lacks_a_tensor_is_not_finished(path: Path, layout: Layout) 
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fdatasync"])
 def test_a_full_disk_is_a_capacity_error(
     code: int, call: str, path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +145,56 @@ def test_another_failure_of_the_disk_is_passed_on(
     with pytest.raises(OSError, match="Input/output error") as caught:
         TensorWriter(path, layout)
     assert caught.value.errno == errno.EIO
+
+
+def test_what_is_synced_is_told_with_its_checksums_once(path: Path, layout: Layout) -> None:
+    with TensorWriter(path, layout) as writer:
+        writer.write("first", FIRST)
+        assert writer.sync() == {
+            "first": zlib.crc32(FIRST.array.tobytes()),
+            "third": zlib.crc32(CONSTANT.array.tobytes()),
+        }
+        writer.write("second", SECOND)
+        assert writer.sync() == {"second": zlib.crc32(b"\7")}
+        assert writer.sync() == {}
+
+
+def test_another_writer_adds_what_is_missing(path: Path, layout: Layout) -> None:
+    with TensorWriter(path, layout) as writer:
+        writer.write("first", FIRST)
+        kept = writer.sync()
+    assert holds(path, layout, kept)
+    with TensorWriter(path, layout, kept) as writer:
+        writer.write("second", SECOND)
+        assert writer.sync().keys() == {"second"}
+        writer.finish()
+    check(path)
+
+
+def test_a_file_holds_what_was_written_until_a_byte_changes(path: Path, layout: Layout) -> None:
+    with TensorWriter(path, layout) as writer:
+        writer.write("first", FIRST)
+        kept = writer.sync()
+    whole = path.read_bytes()
+    unwritten = layout.offsets["second"]
+    for at in range(layout.size):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert holds(path, layout, kept) == (at == unwritten), at
+    for other in (whole[:-1], whole + b"\0", b""):
+        path.write_bytes(other)
+        assert not holds(path, layout, kept)
+
+
+def test_a_link_a_directory_and_a_missing_file_hold_nothing(path: Path, layout: Layout) -> None:
+    write_all(path, layout)
+    assert holds(path, layout, {})
+    link = path.with_name("link")
+    link.symlink_to(path)
+    assert not holds(link, layout, {})
+    path.with_name("other").hardlink_to(path)
+    assert not holds(path, layout, {})
+    assert not holds(path.parent, layout, {})
+    assert not holds(path.with_name("none"), layout, {})
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from export import pipeline, workspace
+from export import linking, pipeline
 from export.pipeline import export
 from export.sources import open_source
 from lowmem.artifact import strict_json
@@ -157,7 +157,7 @@ def test_a_bfloat16_source_stays_bfloat16(tmp_path: Path) -> None:
 def test_float16_files_are_those_of_the_source_unless_a_copy_is_asked_for(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(linking, "_reflink", lambda source, target: False)
     write(checkpoint, tmp_path / "linked", ["fp16"])
     write(checkpoint, tmp_path / "copied", ["fp16"], copy=True)
     for shard in checkpoint.glob("*.safetensors"):
@@ -470,10 +470,14 @@ import json, os, shutil, sys
 from pathlib import Path
 from export import pipeline
 from export.sources import open_source
+from lowmem import cache
 from lowmem.artifact.contract import parse_contract
 from lowmem.artifact.variants import recipe_for
 
-CALLS = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "posix_fallocate", "pwrite")
+CALLS = ("mkdir", "rename", "replace", "link", "unlink", "rmdir", "truncate", "posix_fallocate")
+CALLS += ("pwrite", "fdatasync")
+# So that every run makes the same calls.
+cache.remember_sha256 = lambda *arguments, **options: None
 
 def run(bundle, last):
     import torch
