@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from export.sources import Source
 from export.workspace import Workspace, link_or_copy, links
 from export.writer import TensorWriter
 from lowmem.artifact import strict_json
-from lowmem.artifact.config import config_json
+from lowmem.artifact.config import NORMS, ModelConfig, config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format, Plain, quantization_config
 from lowmem.artifact.manifest import Bundle, FileEntry, Manifest, Variant, file_sha256
@@ -31,7 +32,7 @@ from lowmem.artifact.stock_files import check as check_stock_files
 from lowmem.artifact.stock_files import render as render_stock_files
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, RawTensor
 from lowmem.artifact.variants import DTYPE_NAMES, formats_for, recipe_for
-from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint
+from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint, latent_shapes
 from lowmem.compute.operations.linear import to_torch
 from lowmem.errors import BundleError, CapacityError, InputError
 
@@ -81,7 +82,7 @@ def export(
         CapacityError: The disk has not enough room.
         InputError: A variant is unknown, is there from another recipe, or BUNDLE is no bundle.
     """
-    config = source.config
+    config = replace(source.config, is_stock=contract.is_causal)
     contract = contract.bounded(config.longest_sequence)
     dtype = "BF16" if source.dtype == "BF16" else "F16"
     workspace = Workspace(bundle)
@@ -109,7 +110,7 @@ def export(
     try:
         for job in jobs:
             directory = workspace.partial / job.name
-            _write_small_files(directory, job.formats, source, dtype, stock)
+            _write_small_files(directory, job.formats, config, dtype, stock)
             if job.layout is None:
                 _link_shards(source, directory, copy)
         _write_tensors(source, dtype, jobs, workspace.partial, progress)
@@ -156,9 +157,11 @@ def _check_existing(bundle: Path, old: Manifest, name: str, dtype: str, onnx: bo
 
 def _needed_bytes(jobs: Sequence[_Job], source: Source, bundle: Path, copy: bool) -> int:
     needed = 0
+    latents = source.config.latent_attention
+    folded = 0 if latents is None else latents.folded_bytes(source.config.hidden_size)
     place = next(folder for folder in (bundle, *bundle.absolute().parents) if folder.is_dir())
     for job in jobs:
-        needed += _SMALL_FILES_BYTES
+        needed += _SMALL_FILES_BYTES + folded
         if job.layout is not None:
             needed += job.layout.size
         else:
@@ -171,16 +174,16 @@ def _needed_bytes(jobs: Sequence[_Job], source: Source, bundle: Path, copy: bool
 def _write_small_files(
     directory: Path,
     formats: Mapping[str, Format],
-    source: Source,
+    config: ModelConfig,
     dtype: str,
     stock: Mapping[str, bytes],
 ) -> None:
     directory.mkdir()
-    config = config_json(source.config, DTYPE_NAMES[dtype])
+    value = config_json(config, DTYPE_NAMES[dtype])
     quantization = quantization_config(formats)
     if quantization is not None:
-        config["quantization_config"] = quantization
-    (directory / "config.json").write_text(strict_json.dumps(config))
+        value["quantization_config"] = quantization
+    (directory / "config.json").write_text(strict_json.dumps(value))
     for name, content in stock.items():
         path = directory / name
         path.parent.mkdir(exist_ok=True)
@@ -212,7 +215,7 @@ def _write_tensors(
         plain = [EMBEDDING]
         for index in range(config.num_hidden_layers):
             progress("quantizing", index, config.num_hidden_layers)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
+            for norm in NORMS:
                 plain.append(f"layers.{index}.{norm}.weight")
             for name in plain:
                 raw = _sixteen_bits(source.tensor(name), dtype, name)
@@ -225,9 +228,11 @@ def _write_tensors(
                 for job in jobs:
                     if job.name in writers:
                         _write_linear(writers[job.name], module, raw, job.formats[module])
-        raw = _sixteen_bits(source.tensor(FINAL_NORM), dtype, FINAL_NORM)
+        for name in (FINAL_NORM, *latent_shapes(config)):
+            raw = _sixteen_bits(source.tensor(name), dtype, name)
+            for writer in writers.values():
+                writer.write(name, raw)
         for writer in writers.values():
-            writer.write(FINAL_NORM, raw)
             writer.finish()
 
 
@@ -269,6 +274,7 @@ def _bits(checkpoint: Checkpoint) -> dict[str, float]:
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     linears = checkpoint.linear_bytes()
     others = config.hidden_size * (config.vocab_size + 2 * config.num_hidden_layers + 1)
+    others += sum(map(math.prod, latent_shapes(config).values()))
     return {
         "linears": round(8 * linears / config.linear_weights, 4),
         "model": round(8 * stored / (config.linear_weights + others), 4),

@@ -73,7 +73,7 @@ class OnnxEngine:
         checkpoint = Checkpoint(directory)
         self.hidden_size = checkpoint.config.hidden_size
         self._device = device
-        self._has_pooling_mask = contract.pooling == "mean"
+        self._has_pooling_mask = contract.pooling != "lasttoken"
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL
         path = directory / graph

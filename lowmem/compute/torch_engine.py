@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from lowmem.artifact.contract import Contract
 from lowmem.artifact.tensors import StoredTensor
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.decoder import DecoderLayer
+from lowmem.compute.latent_attention import LatentAttention
 from lowmem.compute.layers import Ends, Observer, load_layer, run
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
@@ -71,7 +73,7 @@ class TorchEngine:
         self._ops = PlainOperations(compute, checkpoint.config.rms_norm_eps)
         self._resident: list[DecoderLayer] | None = None
         try:
-            self._ends = Ends(checkpoint.embedding(), to_torch(checkpoint.final_norm(), device))
+            self._ends = _load_ends(checkpoint, device)
             if schedule == "resident":
                 self._resident = [load_layer(layer, device) for layer in checkpoint.layers()]
         except torch.OutOfMemoryError as error:
@@ -119,6 +121,15 @@ class TorchEngine:
             return self._resident
         read = StoredTensor.read
         return (load_layer(layer, self._device) for layer in self._checkpoint.layers(read))
+
+
+def _load_ends(checkpoint: Checkpoint, device: str) -> Ends:
+    ends = Ends(checkpoint.embedding(), to_torch(checkpoint.final_norm(), device))
+    shape = checkpoint.config.latent_attention
+    if shape is None:
+        return ends
+    latents = LatentAttention.load(checkpoint.latent_attention(), shape, device)
+    return replace(ends, latent_attention=latents)
 
 
 def _float32_precision() -> str:
