@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lowmem.artifact.config import config_json
 from lowmem.artifact.weights import Checkpoint
 from tests.models import BOS, CONTRACT, EOS, HIDDEN_SIZE, TinyCheckpoint, tiny_checkpoint
 
@@ -56,7 +57,7 @@ def tiny_nvembed(
     tiny_checkpoint(path, prefix=False, dtype=dtype, **options)
     single = path / "model.safetensors"
     tensors = {f"embedding_model.{name}": tensor for name, tensor in load_file(single).items()}
-    for name, tensor in random_latents(seed=1).items():
+    for name, tensor in random_latents(1, _config(path)["hidden_size"]).items():
         tensors[f"latent_attention_model.{name}"] = tensor.to(dtype)
     single.unlink()
     names = sorted(tensors)
@@ -70,6 +71,12 @@ def tiny_nvembed(
         (path / f"{single.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (path / "config.json").write_text(json.dumps(nvembed_config(_config(path))))
     return TinyCheckpoint(path, NVEMBED)
+
+
+def put_own_config(path: Path) -> None:
+    """Replaces a checkpoint's config by the one that export writes for bidirectional attention."""
+    config = replace(Checkpoint(path).config, is_stock=False)
+    (path / "config.json").write_text(json.dumps(config_json(config, "float16")))
 
 
 def nvembed_config(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,10 +116,10 @@ def nvembed_config(body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def random_latents(seed: int) -> dict[str, Tensor]:
+def random_latents(seed: int, hidden: int = HIDDEN_SIZE) -> dict[str, Tensor]:
     """Tensors of a latent attention under which every one of them matters."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, heads = HIDDEN_SIZE, LATENT_HEADS * LATENT_HEAD_DIM
+    heads = LATENT_HEADS * LATENT_HEAD_DIM
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
