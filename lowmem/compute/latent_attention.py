@@ -146,16 +146,18 @@ def fold(
     queries = to_torch(tensors[f"{ATTENTION}fn.to_q.weight"], "cpu")
     both = to_torch(tensors[f"{ATTENTION}fn.to_kv.weight"], "cpu")
     outputs = to_torch(tensors[f"{ATTENTION}fn.to_out.weight"], "cpu")
-    keys, values = [], []
-    size = config.cross_dim_head
+    count, size = config.num_latents_value, config.cross_dim_head
+    keys = context.new_empty(config.num_cross_heads * count, context.shape[1])
+    values = torch.empty_like(keys)
     for head in range(config.num_cross_heads):
         rows = slice(head * size, (head + 1) * size)
         value_rows = slice(len(queries) + rows.start, len(queries) + rows.stop)
+        place = slice(head * count, (head + 1) * count)
         key = context @ both[rows].to(device).float().T  # [N, D]
-        keys.append((key @ queries[rows].to(device).float()).div_(size**0.5))
+        torch.mm(key.div_(size**0.5), queries[rows].to(device).float(), out=keys[place])
         value = context @ both[value_rows].to(device).float().T
-        values.append(value @ outputs[:, rows].to(device).float().T)
-    return torch.cat(keys), torch.cat(values)
+        torch.mm(value, outputs[:, rows].to(device).float().T, out=values[place])
+    return keys, values
 
 
 def _float32(raw: RawTensor, device: str) -> Tensor:
