@@ -1,9 +1,9 @@
 """Where every tensor of a variant will lie, fixed before its first byte is written.
 
-Tensors come in the order of the groups that export works on (embedding, each layer, final norm),
-so that a file is written front to back. Tensors whose content the format already knows come last,
-those of wide dtypes first: some are single bytes or text of any length, and would leave all that
-follows them unaligned.
+Tensors come in the order of the groups that export works on (embedding, each layer, final norm,
+what a pooling has of its own), so that a file is written front to back. Tensors whose content the
+format already knows come last, those of wide dtypes first: some are single bytes or text of any
+length, and would leave all that follows them unaligned.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lowmem.artifact.config import NORMS, ModelConfig
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, IntGrouped
 from lowmem.artifact.tensors import DTYPES, RawTensor, TensorSpec, header_bytes
-from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, module_shapes
+from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, latent_shapes, module_shapes
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def lay_out(config: ModelConfig, dtype: str, formats: Mapping[str, Format]) -> L
 
     Args:
         config: The model's shape.
-        dtype: F16 or BF16: dtype of embedding and norms.
+        dtype: F16 or BF16: dtype of everything but the linears.
         formats: Module to format, for every linear.
     """
     hidden = TensorSpec(dtype, (config.hidden_size,))
@@ -62,6 +62,7 @@ def lay_out(config: ModelConfig, dtype: str, formats: Mapping[str, Format]) -> L
                 else:
                     specs[f"{module}.{suffix}"] = spec
     specs[FINAL_NORM] = hidden
+    specs |= {name: TensorSpec(dtype, shape) for name, shape in latent_shapes(config).items()}
     specs |= dict(sorted(constant_specs.items(), key=lambda item: -DTYPES[item[1].dtype].itemsize))
     header = header_bytes(specs)
     offsets, end = {}, len(header)

@@ -7,8 +7,10 @@ an export that goes on after a killed one does not read it again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from lowmem.artifact.stock_files import check as check_stock_files
 from lowmem.artifact.stock_files import render as render_stock_files
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, RawTensor
 from lowmem.artifact.variants import DTYPE_NAMES, formats_for, recipe_for
-from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint
+from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint, latent_shapes
 from lowmem.compute.operations.linear import to_torch
 from lowmem.errors import BundleError, InputError
 
@@ -76,7 +78,7 @@ def export(
         InputError: A variant is unknown, is there from another recipe, or BUNDLE is no bundle or
             cannot be written.
     """
-    config = source.config
+    config = replace(source.config, is_stock=contract.is_causal)
     contract = contract.bounded(config.longest_sequence)
     dtype = "BF16" if source.dtype == "BF16" else "F16"
     with Workspace(bundle) as workspace:
@@ -116,7 +118,7 @@ def export(
             if not kept:
                 finished = {}
             for job in jobs:
-                _write_small_files(workspace.partial / job.name, job.formats, source, dtype, stock)
+                _write_small_files(workspace.partial / job.name, job.formats, config, dtype, stock)
                 if job.layout is None:
                     _link_shards(source, job, workspace, finished, copy)
             _write_tensors(source, identity, dtype, jobs, workspace, finished, progress)
@@ -158,9 +160,11 @@ def _check_existing(bundle: Path, old: Manifest, name: str, dtype: str, onnx: bo
 
 def _needed_bytes(jobs: Sequence[Job], source: Source, bundle: Path, copy: bool) -> int:
     needed = 0
+    latents = source.config.latent_attention
+    folded = 0 if latents is None else latents.folded_bytes(source.config.hidden_size)
     place = next(folder for folder in (bundle, *bundle.absolute().parents) if folder.is_dir())
     for job in jobs:
-        needed += _SMALL_FILES_BYTES
+        needed += _SMALL_FILES_BYTES + folded
         if job.layout is not None:
             needed += job.layout.size
         else:
@@ -173,16 +177,16 @@ def _needed_bytes(jobs: Sequence[Job], source: Source, bundle: Path, copy: bool)
 def _write_small_files(
     directory: Path,
     formats: Mapping[str, Format],
-    source: Source,
+    config: ModelConfig,
     dtype: str,
     stock: Mapping[str, bytes],
 ) -> None:
     directory.mkdir(exist_ok=True)
-    config = config_json(source.config, DTYPE_NAMES[dtype])
+    value = config_json(config, DTYPE_NAMES[dtype])
     quantization = quantization_config(formats)
     if quantization is not None:
-        config["quantization_config"] = quantization
-    (directory / "config.json").write_text(strict_json.dumps(config))
+        value["quantization_config"] = quantization
+    (directory / "config.json").write_text(strict_json.dumps(value))
     for name, content in stock.items():
         path = directory / name
         path.parent.mkdir(exist_ok=True)
@@ -210,12 +214,12 @@ def _check_linked(source: Source, identity: SourceIdentity, variant: Variant) ->
 
 
 def _groups(config: ModelConfig) -> list[list[str]]:
-    """The source's tensors in the order of the layout: embedding, each layer, final norm."""
+    """The source's tensors in the order of the layout: embedding, each layer, final norm and pooling."""
     layers = [
         [f"layers.{index}.{name}.weight" for name in (*NORMS, *config.linears())]
         for index in range(config.num_hidden_layers)
     ]
-    return [[EMBEDDING], *layers, [FINAL_NORM]]
+    return [[EMBEDDING], *layers, [FINAL_NORM, *latent_shapes(config)]]
 
 
 def _write_tensors(
@@ -295,6 +299,7 @@ def _bits(checkpoint: Checkpoint) -> dict[str, float]:
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     linears = checkpoint.linear_bytes()
     others = config.hidden_size * (config.vocab_size + 2 * config.num_hidden_layers + 1)
+    others += sum(map(math.prod, latent_shapes(config).values()))
     return {
         "linears": round(8 * linears / config.linear_weights, 4),
         "model": round(8 * stored / (config.linear_weights + others), 4),

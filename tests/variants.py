@@ -22,6 +22,7 @@ from lowmem.artifact.formats import (
     int_grouped,
     quantization_config,
 )
+from lowmem.artifact.latent_attention import PREFIX
 from lowmem.artifact.tensors import (
     DTYPES,
     INDEX_FILE,
@@ -61,7 +62,10 @@ def write_variant(
         config["quantization_config"] = stanza
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    named = {checkpoint.prefix + name: tensor for name, tensor in tensors.items()}
+    named = {
+        name if name.startswith(PREFIX) else checkpoint.prefix + name: tensor
+        for name, tensor in tensors.items()
+    }
     write_tensors(directory, named, shards)
     return directory
 

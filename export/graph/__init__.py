@@ -1,8 +1,9 @@
 """ONNX graphs of a variant, over the very bytes of its safetensors.
 
 A graph is a few hundred kilobytes of nodes; its weights are the variant's own files, found by
-offset. It takes padded ids and a mask, and gives pooled (and, if the contract says so, normalised)
-vectors; see ``packing`` for what lies between.
+offset, and for latent attention two small matrices in a file of their own. It takes padded ids and
+a mask, and gives pooled (and, if the contract says so, normalised) vectors; see ``packing`` for
+what lies between.
 
 ONNX Runtime reads external data that has more than one hard link, as bundles have; ``onnx`` and
 ``onnx_ir`` refuse to, so nothing here lets them open it.
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from export.graph.builder import save
 from export.graph.decoder import build
+from export.graph.latent_attention import write_folded
 from export.graph.linears import is_supported
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Int8Channel, IntGrouped, Plain
@@ -48,6 +50,8 @@ def write_graphs(directory: Path, contract: Contract) -> dict[str, str]:
     """
     checkpoint = Checkpoint(directory)
     graphs = _graphs(checkpoint)
+    if graphs and contract.pooling == "latent_attention":
+        write_folded(checkpoint)
     for name, compute in graphs.items():
         save(build(checkpoint, contract, compute), directory / name)
     return graphs

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from export.graph.attention import Attention
 from export.graph.builder import CONTRIB, Builder
+from export.graph.latent_attention import add_latent_attention
 from export.graph.linears import Linears, Rows, float32, stored
 from export.graph.packing import Packing, pack
 from lowmem.artifact.contract import Contract
@@ -95,8 +96,10 @@ class _Decoder:
     def pool(self, hidden: ir.Value) -> ir.Value:
         """Final norm and pooling, ``[P, hidden]`` to ``sentence_embedding`` ``[B, hidden]``."""
         normed = self._norm("/model/norm", FINAL_NORM.removesuffix(".weight"), hidden)
+        if self._contract.pooling == "latent_attention":
+            normed = add_latent_attention(self.builder, self._checkpoint, normed)
         nodes = self.builder.at("/model/pooling")
-        operator = "MatMul" if self._contract.pooling == "mean" else "Mul"
+        operator = "Mul" if self._contract.pooling == "lasttoken" else "MatMul"
         pooled = nodes(operator, self._packing.shares, normed)
         if self._contract.normalize_embeddings:
             length = nodes("ReduceL2", pooled, nodes.int64(-1), keepdims=1)

@@ -56,7 +56,7 @@ def pack(builder: Builder, pooling: str) -> Packing:
 
     Args:
         builder: The graph.
-        pooling: ``lasttoken``, or ``mean``, which adds the input ``pooling_mask``.
+        pooling: ``lasttoken``, or another, whose mean adds the input ``pooling_mask``.
     """
     input_ids = builder.input("input_ids", ir.DataType.INT64, _SHAPE)
     attention_mask = builder.input("attention_mask", ir.DataType.INT64, _SHAPE)
@@ -80,7 +80,7 @@ def pack(builder: Builder, pooling: str) -> Packing:
     texts = nodes("Gather", real, nodes.int64(0), axis=1)  # [T, 1]
     places = nodes("Concat", texts, positions, axis=1)
 
-    if pooling == "mean":
+    if pooling != "lasttoken":
         pooling_mask = builder.input("pooling_mask", ir.DataType.INT64, _SHAPE)
         wanted = nodes("GatherND", nodes.cast(pooling_mask, ir.DataType.BOOL), real)
         pooled = nodes("Reshape", nodes("NonZero", wanted), nodes.int64(-1))

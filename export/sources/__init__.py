@@ -50,7 +50,8 @@ class Source(Protocol):
 
         Args:
             name: Hugging Face's name without ``model.``, such as ``embed_tokens.weight`` or
-                ``layers.0.self_attn.q_proj.weight``.
+                ``layers.0.self_attn.q_proj.weight``; NV-Embed's own tensors begin with
+                ``latent_attention_model.``.
 
         Raises:
             BundleError: The bytes cannot be read, or do not fit ``dtype``.

@@ -12,7 +12,13 @@ from pathlib import Path
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import NORMS, ModelConfig
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, RawTensor
-from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint, module_shapes
+from lowmem.artifact.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    Checkpoint,
+    latent_shapes,
+    module_shapes,
+)
 from lowmem.errors import BundleError, InputError
 
 _TOKENIZER = "tokenizer.json"
@@ -94,7 +100,7 @@ def _names(config: ModelConfig) -> list[str]:
     names = [EMBEDDING, FINAL_NORM, *(f"{module}.weight" for module in module_shapes(config))]
     for index in range(config.num_hidden_layers):
         names += [f"layers.{index}.{norm}.weight" for norm in NORMS]
-    return names
+    return [*names, *latent_shapes(config)]
 
 
 def _refuse_other_weights(directory: Path) -> None:

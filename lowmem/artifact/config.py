@@ -11,39 +11,29 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem.artifact.config_keys import refuse_other_maths
+from lowmem.artifact.latent_attention import KEY as LATENT_ATTENTION
+from lowmem.artifact.latent_attention import LatentAttentionConfig, parse_latent_attention
 from lowmem.errors import BundleError
 
 ARCHITECTURES = {
     "llama": ("LlamaModel", "LlamaForCausalLM"),
     "mistral": ("MistralModel", "MistralForCausalLM"),
 }
+# Written where stock code of the same weights would compute causal attention: no loader knows
+# these types, so none gives another vector without a word.
+_BIDIRECTIONAL = {name: f"lowmem-bidirectional-{name}" for name in ARCHITECTURES}
 
-# Keys that change the maths, with the values under which they do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "rope_scaling": (None,),
-    "rope_interleaved": (False, None),
-    "partial_rotary_factor": (1.0, None),
-    "hidden_act": ("silu",),
-    "use_bidirectional_attention": (False, None),
-    "is_causal": (True, None),
-    "pretraining_tp": (1, None),
-    "is_decoder": (False, True, None),
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "pruned_heads": ({}, None),
+_NVEMBED = "nvembed"
+_NVEMBED_BODY = "bidir_mistral"
+_NVEMBED_ARCHITECTURES = ("MistralModel", "BidirectionalMistralModel")
+# Its values that say how tokens become a vector; the contract says the same.
+_NVEMBED_RULES = {
+    "padding_side": "right",
+    "is_mask_instruction": True,
+    "add_eos": True,
+    "mask_type": "b",
 }
-
-_INERT = frozenset(
-    """_name_or_path architectures attention_dropout bos_token_id eos_token_id pad_token_id
-    unk_token_id sep_token_id decoder_start_token_id dtype torch_dtype initializer_range
-    transformers_version use_cache tie_word_embeddings tie_encoder_decoder is_llama_config
-    is_encoder_decoder return_dict output_attentions output_hidden_states torchscript
-    use_bfloat16 tf_legacy_loss finetuning_task id2label label2id tokenizer_class prefix
-    task_specific_params problem_type chunk_size_feed_forward transformers.js_config
-    _attn_implementation_autoset model_type_original license""".split()
-)
 
 _SIZES = (
     "vocab_size",
@@ -51,6 +41,20 @@ _SIZES = (
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
+)
+_READ = frozenset(
+    (
+        *_SIZES,
+        "model_type",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_parameters",
+        "max_position_embeddings",
+        "sliding_window",
+        "quantization_config",
+    )
 )
 _MAX_SIZE = 2**31
 _MOST_LAYERS = 1024
@@ -62,6 +66,12 @@ class ModelConfig:
 
     ``sliding_window`` is kept only to bound the sequence length: no text is ever longer, so the
     window never acts. ``bias`` does not exist in this family as supported here.
+
+    Attributes:
+        model_type: ``llama`` or ``mistral``: whose layers these are.
+        is_stock: Whether the directory's ``model_type`` is one that stock loaders take, and so
+            compute causal attention.
+        latent_attention: The shape of a pooling that has weights, or None.
     """
 
     model_type: str
@@ -76,6 +86,8 @@ class ModelConfig:
     rope_theta: float
     max_position_embeddings: int
     sliding_window: int | None
+    is_stock: bool = True
+    latent_attention: LatentAttentionConfig | None = None
 
     @property
     def query_size(self) -> int:
@@ -132,18 +144,15 @@ def parse_config(value: dict[str, Any], place: str) -> ModelConfig:
             changes the maths has a value that is not supported, or a key is unknown. All problems
             are listed at once.
     """
-    model_type = value.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise BundleError(f"model_type must be one of {known}, got {model_type!r} ({place})")
     problems: list[str] = []
-    architectures = value.get("architectures") or []
-    if not isinstance(architectures, list) or any(
-        name not in ARCHITECTURES[model_type] for name in architectures
-    ):
-        problems.append(
-            f"architectures must be among {list(ARCHITECTURES[model_type])}, got {architectures!r}"
-        )
+    written = value.get("model_type")
+    stored_latents = value.get(LATENT_ATTENTION)
+    if written == _NVEMBED:
+        model_type, value = "mistral", _nvembed_body(value, problems)
+    else:
+        model_type = _body_type(written, place)
+    is_stock = written in ARCHITECTURES
+    _check_architectures(value, written, problems)
 
     numbers: dict[str, int] = {}
     for key in _SIZES:
@@ -172,7 +181,11 @@ def parse_config(value: dict[str, Any], place: str) -> ModelConfig:
         )
     eps = _number(value, "rms_norm_eps", problems)
     theta = _rope_theta(value, problems)
-    _refuse_other_maths(value, problems)
+    latents = None
+    if written == _NVEMBED or (not is_stock and stored_latents is not None):
+        latents = parse_latent_attention(stored_latents, numbers["hidden_size"], problems)
+    read = _READ if is_stock or written == _NVEMBED else {*_READ, LATENT_ATTENTION}
+    refuse_other_maths(value, read, problems)
 
     if problems:
         raise BundleError(f"{place} cannot be served: " + "; ".join(problems))
@@ -181,6 +194,8 @@ def parse_config(value: dict[str, Any], place: str) -> ModelConfig:
         rms_norm_eps=eps,
         rope_theta=theta,
         sliding_window=window,
+        is_stock=is_stock,
+        latent_attention=latents,
         **numbers,
     )
 
@@ -195,9 +210,12 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         config: The model's shape.
         dtype: ``float16`` or ``bfloat16``: what the unquantized tensors are stored in.
     """
-    value: dict[str, Any] = {
+    stock = {
         "architectures": [ARCHITECTURES[config.model_type][0]],
         "model_type": config.model_type,
+    }
+    value: dict[str, Any] = {
+        **(stock if config.is_stock else {"model_type": _BIDIRECTIONAL[config.model_type]}),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -221,7 +239,51 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     else:
         value["attention_bias"] = False
         value["mlp_bias"] = False
+    if config.latent_attention is not None:
+        assert not config.is_stock, "a stock loader would leave the latents out"
+        value[LATENT_ATTENTION] = config.latent_attention.to_json(config.hidden_size)
     return value
+
+
+def _body_type(written: Any, place: str) -> str:
+    """``llama`` or ``mistral``, by the ``model_type`` of a directory that is not NV-Embed's."""
+    for model_type, own in _BIDIRECTIONAL.items():
+        if written in (model_type, own):
+            return model_type
+    known = ", ".join([*sorted(ARCHITECTURES), _NVEMBED])
+    raise BundleError(f"model_type must be one of {known}, got {written!r} ({place})")
+
+
+def _nvembed_body(value: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Checks NV-Embed's outer config, and returns the decoder's, which is nested in it."""
+    for key, rule in _NVEMBED_RULES.items():
+        if value.get(key, rule) != rule:
+            problems.append(f"{key} must be {rule!r} for {_NVEMBED}, got {value[key]!r}")
+    if value.get("architectures") not in (None, ["NVEmbedModel"]):
+        problems.append(f"architectures must be ['NVEmbedModel'], got {value['architectures']!r}")
+    read = {"model_type", "hidden_size", "text_config", "add_pad_token", LATENT_ATTENTION}
+    refuse_other_maths(value, {*read, *_NVEMBED_RULES}, problems)
+    body = value.get("text_config")
+    if not isinstance(body, dict):
+        problems.append(f"text_config must be an object, got {body!r}")
+        return {}
+    if body.get("model_type") != _NVEMBED_BODY:
+        problems.append(
+            f"model_type of text_config must be {_NVEMBED_BODY!r}, got {body.get('model_type')!r}"
+        )
+    if value.get("hidden_size", body.get("hidden_size")) != body.get("hidden_size"):
+        problems.append(
+            f"hidden_size must be that of text_config, got {value['hidden_size']!r} "
+            f"and {body.get('hidden_size')!r}"
+        )
+    return body
+
+
+def _check_architectures(value: dict[str, Any], written: Any, problems: list[str]) -> None:
+    allowed = _NVEMBED_ARCHITECTURES if written == _NVEMBED else ARCHITECTURES.get(written, ())
+    names = value.get("architectures") or []
+    if not isinstance(names, list) or any(name not in allowed for name in names):
+        problems.append(f"architectures must be among {list(allowed)}, got {names!r}")
 
 
 def _size(value: dict[str, Any], key: str, problems: list[str], default: int | None = None) -> int:
@@ -265,22 +327,3 @@ def _rope_theta(value: dict[str, Any], problems: list[str]) -> float:
     if len(set(found.values())) > 1:
         problems.append(f"rope_theta and rope_parameters disagree: {found}")
     return next(iter(found.values()))
-
-
-def _refuse_other_maths(value: dict[str, Any], problems: list[str]) -> None:
-    read = {
-        *ModelConfig.__dataclass_fields__,
-        "rope_parameters",
-        "layer_types",
-        "quantization_config",
-    }
-    for key, got in value.items():
-        if key in _NEUTRAL:
-            if not any(type(got) is type(neutral) and got == neutral for neutral in _NEUTRAL[key]):
-                problems.append(f"{key}={got!r} changes the maths and is not supported")
-        elif key == "layer_types":
-            kinds = got if isinstance(got, list) else [got]
-            if got is not None and any(kind != "full_attention" for kind in kinds):
-                problems.append("layer_types other than full_attention changes the maths")
-        elif key not in read and key not in _INERT:
-            problems.append(f"unknown key {key!r}, which may change the maths")

@@ -14,7 +14,7 @@ from typing import Any
 from lowmem.artifact import strict_json
 from lowmem.errors import BundleError, InputError
 
-POOLINGS = ("lasttoken", "mean")
+POOLINGS = ("lasttoken", "mean", "latent_attention")
 _TEXT = "{text}"
 _TASK = "{task}"
 
@@ -34,7 +34,8 @@ class Contract:
         bos_token_id: First id of every text, or None.
         eos_token_id: Last id of every text, also after truncation, or None.
         is_causal: Whether a token attends only to itself and earlier ones.
-        pooling: ``lasttoken``, or ``mean`` over the tokens behind the instruction.
+        pooling: ``lasttoken``, ``mean`` over the tokens behind the instruction, or
+            ``latent_attention``: NV-Embed's layer of that name, then such a mean.
         max_seq_length: Most tokens of one text, prompt and special tokens included.
         normalize_embeddings: Whether vectors have unit length.
     """
@@ -147,6 +148,8 @@ def _problems(value: dict[str, Any]) -> list[str]:
             problems.append(f"{key} must be true or false, got {value[key]!r}")
     if value["pooling"] not in POOLINGS:
         problems.append(f"pooling must be one of {', '.join(POOLINGS)}, got {value['pooling']!r}")
+    elif value["pooling"] == "latent_attention" and value["is_causal"]:
+        problems.append("pooling by latent_attention needs is_causal=false")
     length = value["max_seq_length"]
     if type(length) is not int or not 4 <= length < 2**31:
         problems.append(f"max_seq_length must be an integer of at least 4, got {length!r}")

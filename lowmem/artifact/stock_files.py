@@ -3,7 +3,7 @@
 They repeat what the contract says, in other libraries' words, so they are rendered from the
 contract and never edited: whoever loads a variant elsewhere gets the same ids and the same
 pooling, or an error. A contract that stock code would compute as something else (attention that
-is not causal) gets the tokenizer alone.
+is not causal) gets the tokenizer alone, beside a ``config.json`` that no stock loader takes.
 
 The tokenizer's class is always ``PreTrainedTokenizerFast``, the one that takes ``tokenizer.json``
 as it stands; transformers 5 rebuilds the others, and its ``LlamaTokenizer`` gives other ids for a
@@ -56,7 +56,7 @@ def render(
     Raises:
         InputError: There is no ``tokenizer.json``, it has ids outside the vocabulary, BOS or EOS
             of the contract is not one of its special tokens, or the contract allows longer texts
-            than the model.
+            than the model or pools by weights that are not the model's.
         BundleError: A file is damaged.
     """
     if TOKENIZER not in tokenizer_files:
@@ -69,6 +69,12 @@ def render(
         raise InputError(
             f"max_seq_length must be at most the model's {config.longest_sequence}, "
             f"got {contract.max_seq_length}"
+        )
+    if (contract.pooling == "latent_attention") != (config.latent_attention is not None):
+        has = "no weights for it" if config.latent_attention is None else "weights for it"
+        raise InputError(
+            "pooling must be latent_attention for a model with weights for it and for no other, "
+            f"got {contract.pooling} and a model with {has}"
         )
     value |= {"truncation": None, "padding": None, "post_processor": _template(contract, bos, eos)}
     pad = _padding(pieces, tokenizer_files) or eos or bos
@@ -113,6 +119,13 @@ def check(directory: Path, config: ModelConfig, contract: Contract) -> None:
         for name in _SENTENCE_TRANSFORMERS
         if name not in expected and (directory / name).exists()
     ]
+    if config.is_stock and not contract.is_causal:
+        problems.append(
+            "config.json must have a model_type that stock code refuses: it would compute causal "
+            "attention"
+        )
+    if not config.is_stock and contract.is_causal:
+        problems.append("config.json has the model_type of bidirectional attention")
     if problems:
         raise BundleError(f"{directory} does not fit its contract: " + "; ".join(problems))
 

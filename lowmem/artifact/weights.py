@@ -25,6 +25,7 @@ from lowmem.errors import BundleError
 
 EMBEDDING = "embed_tokens.weight"
 FINAL_NORM = "norm.weight"
+_PREFIXES = ("model.", "embedding_model.")
 _FLOATS = ("F16", "BF16", "F32")
 
 
@@ -60,7 +61,9 @@ class Checkpoint:
         directory: Where it lies.
         config: The model's shape.
         formats: Module (``layers.0.mlp.up_proj``) to format.
-        tensors: Tensor name without ``model.`` to where it lies.
+        prefix: What stands before the decoder's tensors on disk: ``model.``,
+            ``embedding_model.`` (NV-Embed's) or nothing.
+        tensors: Tensor name without the prefix to where it lies.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -75,7 +78,7 @@ class Checkpoint:
         value = strict_json.read_object(path)
         self.config = parse_config(value, str(path))
         stored = read_directory(directory)
-        self.prefix = "model." if f"model.{EMBEDDING}" in stored else ""
+        self.prefix = next((name for name in _PREFIXES if name + EMBEDDING in stored), "")
         self.tensors = {name.removeprefix(self.prefix): tensor for name, tensor in stored.items()}
         embedding = self.tensors.get(EMBEDDING)
         if embedding is None:
@@ -105,6 +108,10 @@ class Checkpoint:
     def final_norm(self) -> RawTensor:
         """Weight of the last norm, ``(hidden_size,)``."""
         return self.tensors[FINAL_NORM].map()
+
+    def latent_attention(self) -> dict[str, RawTensor]:
+        """The tensors of a pooling that has weights, mapped, by name; empty where it has none."""
+        return {name: self.tensors[name].map() for name in latent_shapes(self.config)}
 
     def layer(
         self, index: int, read: Callable[[StoredTensor], RawTensor] = StoredTensor.map
@@ -157,6 +164,8 @@ class Checkpoint:
             for norm in NORMS:
                 name = f"layers.{index}.{norm}.weight"
                 expected[name] = TensorSpec(embedding.dtype, (config.hidden_size,))
+        for name, sizes in latent_shapes(config).items():
+            expected[name] = TensorSpec(embedding.dtype, sizes)
         floats = set(expected)
         for module, shape in module_shapes(config).items():
             form = self.formats[module]
@@ -191,6 +200,12 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         for index in range(config.num_hidden_layers)
         for name, shape in config.linears().items()
     }
+
+
+def latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Tensors of a pooling that has weights to their shapes; empty where it has none."""
+    latents = config.latent_attention
+    return {} if latents is None else latents.shapes(config.hidden_size)
 
 
 def _inert(name: str) -> bool:

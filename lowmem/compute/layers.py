@@ -27,8 +27,9 @@ from lowmem.compute.decoder import (
     decode_layer,
     rms_norm,
 )
+from lowmem.compute.latent_attention import LatentAttention
 from lowmem.compute.operations.linear import Linear
-from lowmem.compute.pooling import mean_pool
+from lowmem.compute.pooling import latent_attention_pool, mean_pool
 from lowmem.text.batching import PackedBatch
 
 Observer = Callable[[int, int, Tensor], None]
@@ -42,10 +43,12 @@ class Ends:
     Attributes:
         embedding: The token embeddings, mapped on the host; rows are looked up there.
         final_norm: Weight of the last norm, on the device.
+        latent_attention: The pooling's own weights, or None where it has none.
     """
 
     embedding: RawTensor
     final_norm: Tensor
+    latent_attention: LatentAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,17 @@ def run(
                 on_layer(layer.index, number, hidden[number])
     vectors = []
     for states, step in zip(hidden, steps, strict=True):
+        if contract.pooling == "lasttoken" and not last_tokens_only:
+            states = states[step.spans.last_tokens]
+        normed = rms_norm(states, ends.final_norm, config.rms_norm_eps)
         if contract.pooling == "lasttoken":
-            pooled = states if last_tokens_only else states[step.spans.last_tokens]
-            vectors.append(rms_norm(pooled, ends.final_norm, config.rms_norm_eps))
-        else:
-            normed = rms_norm(states, ends.final_norm, config.rms_norm_eps)
+            vectors.append(normed)
+        elif contract.pooling == "mean":
             vectors.append(mean_pool(normed, step.pooling_mask, step.lengths))
+        else:
+            assert ends.latent_attention is not None, contract.pooling
+            mask, latents = step.pooling_mask, ends.latent_attention
+            vectors.append(latent_attention_pool(normed, mask, step.lengths, latents))
     return vectors
 
 

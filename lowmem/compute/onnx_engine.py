@@ -6,7 +6,8 @@ halve each other.
 
 Memory of a CPU session is the stored bytes of the quantized linears (packed once more for the
 kernels), or nothing where weights are plain: those stay mapped, and one matrix at a time is cast
-to float32 right before its product.
+to float32 right before its product. Latent attention's keys and values are packed too, and its MLP
+is plain, but float32 in a session whose linears are grouped codes.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class OnnxEngine:
         checkpoint = Checkpoint(directory)
         self.hidden_size = checkpoint.config.hidden_size
         self._device = device
-        self._has_pooling_mask = contract.pooling == "mean"
+        self._has_pooling_mask = contract.pooling != "lasttoken"
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL
         path = directory / graph
@@ -187,8 +188,8 @@ def _cpu_session(onnxruntime: Any, path: Path, checkpoint: Checkpoint, threads: 
         # Anything above would cast every weight to float32 while the session opens, and keep it.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     elif kinds == {Int8Channel}:
-        # The same for linears whose inputs are not rounded.
-        disabled.append("ConstantFolding")
+        # The same for linears whose inputs are not rounded, and for 16-bit weights of a pooling.
+        disabled += ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
     return onnxruntime.InferenceSession(
         path,
         options,

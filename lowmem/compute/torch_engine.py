@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.weights import Checkpoint
+from lowmem.compute.latent_attention import LatentAttention
 from lowmem.compute.layers import Ends, Observer, run
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
@@ -79,7 +81,7 @@ class TorchEngine:
         if self._is_resident:
             kept_layers = checkpoint.config.num_hidden_layers
         try:
-            self._ends = Ends(checkpoint.embedding(), to_torch(checkpoint.final_norm(), device))
+            self._ends = _load_ends(checkpoint, device)
             self._layers = LayerStream(checkpoint, device, kept_layers)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
@@ -153,6 +155,15 @@ class TorchEngine:
                 self._ops, layers, batches, self._ends, self._config, self._contract, on_layer
             )
         return [vector.cpu().numpy() for vector in vectors]
+
+
+def _load_ends(checkpoint: Checkpoint, device: str) -> Ends:
+    ends = Ends(checkpoint.embedding(), to_torch(checkpoint.final_norm(), device))
+    shape = checkpoint.config.latent_attention
+    if shape is None:
+        return ends
+    latents = LatentAttention.load(checkpoint.latent_attention(), shape, device)
+    return replace(ends, latent_attention=latents)
 
 
 def _float32_precision() -> str:

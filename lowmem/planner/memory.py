@@ -25,6 +25,9 @@ CUDA_HOST_BYTES = 900 * MIB
 # glibc keeps freed blocks below 32 MiB in its heap, where they are too scattered to be given back.
 _HEAP_SLACK_BYTES = 96 * MIB
 
+# The MLP of latent attention works in blocks of weights and chunks of tokens.
+_LATENT_BLOCK_BYTES = 64 * MIB
+
 _PRODUCT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 4}
 
 
@@ -36,7 +39,7 @@ def predict(
     Args:
         plan: Engine, device, compute, schedule and token budget; its memory fields are not read.
         config: The model's shape.
-        dtype: F16 or BF16, of embedding and norms.
+        dtype: F16 or BF16, of everything but the linears.
         formats: Format of every linear.
 
     Returns:
@@ -47,14 +50,16 @@ def predict(
     weights = _stored_bytes(config, formats)
     layer = weights // config.num_hidden_layers
     scratch = _scratch_bytes(plan, config, formats)
-    work = scratch + _activation_bytes(plan, config) + _hidden_bytes(plan, config)
+    activations = max(_activation_bytes(plan, config), _pooling_bytes(plan, config))
+    work = scratch + activations + _hidden_bytes(plan, config)
+    folded, kept = _latent_bytes(config)
     if plan.device == "cpu":
         streamed = layer if plan.schedule == "streamed" else 0
-        slack = min(_activation_bytes(plan, config), _HEAP_SLACK_BYTES)
-        return TORCH_BASE_BYTES + streamed + work + slack, 0
+        slack = min(activations, _HEAP_SLACK_BYTES)
+        return TORCH_BASE_BYTES + folded + streamed + work + slack, 0
     resident = weights if plan.schedule == "resident" else 2 * layer
     host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + 2 * layer
-    return host, CUDA_CONTEXT_BYTES + resident + work
+    return host, CUDA_CONTEXT_BYTES + folded + kept + resident + work
 
 
 def _stored_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
@@ -92,6 +97,25 @@ def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
     return plan.batch_tokens * max(attention, mlp)
 
 
+def _latent_bytes(config: ModelConfig) -> tuple[int, int]:
+    """Of latent attention: its folded matrices, and its MLP as it is stored, in 16 bits."""
+    latents, hidden = config.latent_attention, config.hidden_size
+    if latents is None:
+        return 0, 0
+    return latents.folded_bytes(hidden), 2 * 3 * latents.inner_size(hidden) * hidden
+
+
+def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:
+    """What latent attention holds for one batch, float32.
+
+    Hidden states of all tokens before and behind the final norm, of those that are pooled as they
+    change, and their norm.
+    """
+    if config.latent_attention is None:
+        return 0
+    return 4 * 4 * config.hidden_size * plan.batch_tokens + _LATENT_BLOCK_BYTES
+
+
 def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tuple[int, int]:
     """ONNX Runtime packs codes into a copy of its own, and widens one 16-bit matrix at a time."""
     packed = widened = 0
@@ -102,11 +126,18 @@ def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tup
             packed += rows * columns * 2 if plan.device == "cuda" else 0
         elif isinstance(form, IntGrouped | Int8Channel):
             packed += sum(spec.nbytes for spec in form.specs(rows, columns).values())
+    layer = 4 * config.hidden_size + 3 * config.intermediate_size
+    folded, pooling = 0, 0
+    if config.latent_attention is not None:
+        inner = config.latent_attention.inner_size(config.hidden_size)
+        folded, pooling = _latent_bytes(config)[0], 4 * config.hidden_size + 3 * inner
+        widened = max(widened, 4 * inner * config.hidden_size)
+        if plan.device == "cuda" or any(isinstance(form, IntGrouped) for form in formats.values()):
+            # Cast to float32 while the session opens, and kept.
+            folded += 2 * _latent_bytes(config)[1]
     # Measured: three times the widest moment, as its buffers of differing shapes are not shared.
-    activations = (
-        3 * plan.batch_tokens * 4 * (4 * config.hidden_size + 3 * config.intermediate_size)
-    )
+    activations = 3 * plan.batch_tokens * 4 * max(layer, pooling)
     if plan.device == "cpu":
-        return ONNX_BASE_BYTES + packed + widened + activations, 0
+        return ONNX_BASE_BYTES + packed + folded + widened + activations, 0
     host = ONNX_BASE_BYTES + CUDA_HOST_BYTES
-    return host, CUDA_CONTEXT_BYTES + packed + activations
+    return host, CUDA_CONTEXT_BYTES + packed + folded + activations

@@ -26,11 +26,11 @@ class _Prompt:
     """What a prompt gives when it is tokenized by itself.
 
     Attributes:
-        tokens: How many ids it has, BOS included.
+        pooled_from: Index of the first token behind it that a mean takes in.
         prefix: BOS and its ids less the last, whose trailing space merges into the next word.
     """
 
-    tokens: int
+    pooled_from: int
     prefix: Ids
 
 
@@ -111,7 +111,7 @@ class Tokenizer:
             prefix = known[prompt].prefix
             shared = len(prefix) < len(ids) and bool(np.array_equal(ids[: len(prefix)], prefix))
             # A word that the prompt's last piece has merged into may be the whole text.
-            pooled_from = min(known[prompt].tokens, len(ids) - 1) if prompt else 0
+            pooled_from = min(known[prompt].pooled_from, len(ids) - 1) if prompt else 0
             encoded.append(EncodedText(ids, len(prefix) if shared else 0, pooled_from, cut))
         if too_long:
             raise InputError(
@@ -145,7 +145,10 @@ class Tokenizer:
                 f"{contract.max_seq_length}: {prompt!r:.60}"
             )
         before = [] if contract.bos_token_id is None else [contract.bos_token_id]
-        return _Prompt(len(before) + len(pieces), np.array([*before, *pieces[:-1]], np.int64))
+        # NV-Embed leaves out as many tokens as its instruction has pieces, and BOS is one of
+        # them: so the word that its trailing space merges into is taken in.
+        counted = [] if contract.pooling == "latent_attention" else before
+        return _Prompt(len(counted) + len(pieces), np.array([*before, *pieces[:-1]], np.int64))
 
 
 def _is_unicode(text: str) -> bool:

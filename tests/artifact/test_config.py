@@ -1,11 +1,16 @@
+import json
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from lowmem.artifact.config import ModelConfig, config_json, parse_config
+from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.errors import BundleError
+from tests.bidirectional import nvembed_config
 
 # https://huggingface.co/intfloat/e5-mistral-7b-instruct/blob/main/config.json
 E5_MISTRAL: dict[str, Any] = {
@@ -46,6 +51,16 @@ MISTRAL_7B = ModelConfig(
     max_position_embeddings=32768,
     sliding_window=4096,
 )
+
+# https://huggingface.co/GritLM/GritLM-7B/blob/main/config.json, which is a Mistral's beside this.
+GRITLM_CODE = {
+    "AutoModel": "modeling_gritlm7b.MistralModel",
+    "AutoModelForCausalLM": "modeling_gritlm7b.MistralForCausalLM",
+}
+# https://huggingface.co/nvidia/NV-Embed-v2/blob/main/config.json leaves its shape to the defaults.
+NV_EMBED = nvembed_config(E5_MISTRAL) | {
+    "latent_attention_config": {"model_type": "latent_attention"}
+}
 
 
 def without(*keys: str) -> dict[str, Any]:
@@ -98,7 +113,7 @@ def test_what_is_written_is_read_and_means_the_same_to_transformers(model_type: 
     written = config_json(config, "bfloat16")
     assert parse_config(written, "config.json") == config
     theirs = AutoConfig.for_model(**written)
-    for name in ModelConfig.__dataclass_fields__:
+    for name in ModelConfig.__dataclass_fields__.keys() - {"is_stock"}:
         assert getattr(theirs, name, None) == getattr(config, name), name
     assert not theirs.tie_word_embeddings
 
@@ -184,7 +199,7 @@ def test_an_unknown_key_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("model_type", ["qwen2", None, ["mistral"], {}])
 def test_another_architecture_is_refused_by_name(model_type: object) -> None:
-    with pytest.raises(BundleError, match="model_type must be one of llama, mistral, got"):
+    with pytest.raises(BundleError, match="model_type must be one of llama, mistral, nvembed, got"):
         parse_config(E5_MISTRAL | {"model_type": model_type}, "config.json")
 
 
@@ -226,3 +241,103 @@ def test_all_problems_are_listed_at_once() -> None:
     assert "attention_bias=True" in message
     assert "unknown key 'surprise'" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("repository", ["", "GritLM/GritLM-7B--"])
+def test_the_config_of_gritlm_is_read(repository: str) -> None:
+    code = {name: repository + value for name, value in GRITLM_CODE.items()}
+    value = E5_MISTRAL | {"architectures": ["MistralForCausalLM"], "auto_map": code}
+    assert parse_config(value, "config.json") == MISTRAL_7B
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        {"AutoModel": "modeling_other.MistralModel"},
+        GRITLM_CODE | {"AutoConfig": "someone/model--modeling_mistral.Config"},
+        {"AutoModel": ["modeling_gritlm7b.MistralModel"]},
+        "modeling_gritlm7b.MistralModel",
+    ],
+)
+def test_code_that_is_not_known_is_refused(code: object) -> None:
+    with pytest.raises(BundleError, match="auto_map names code that may change the maths"):
+        parse_config(E5_MISTRAL | {"auto_map": code}, "config.json")
+
+
+def test_the_config_of_nv_embed_is_read() -> None:
+    config = parse_config(NV_EMBED, "config.json")
+    latents = config.latent_attention
+    assert latents == LatentAttentionConfig(512, 8, 4096)
+    assert config == replace(MISTRAL_7B, is_stock=False, latent_attention=latents)
+    sizes = sum(math.prod(shape) for shape in latents.shapes(4096).values())
+    assert sizes == 740_356_096  # what its 7,851,016,192 parameters have more than a Mistral
+
+
+def nested(key: str, **changes: Any) -> dict[str, Any]:
+    return NV_EMBED | {key: NV_EMBED[key] | changes}
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (NV_EMBED | {"is_mask_instruction": False}, "is_mask_instruction must be True for nvembed"),
+        (NV_EMBED | {"padding_side": "left"}, "padding_side must be 'right' for nvembed, got 'le"),
+        (NV_EMBED | {"add_eos": False}, "add_eos must be True for nvembed, got False"),
+        (NV_EMBED | {"mask_type": "c"}, "mask_type must be 'b' for nvembed, got 'c'"),
+        (NV_EMBED | {"architectures": ["Other"]}, r"must be \['NVEmbedModel'\], got \['Other'\]"),
+        (NV_EMBED | {"hidden_size": 2048}, "hidden_size must be that of text_config, got 2048"),
+        (NV_EMBED | {"text_config": None}, "text_config must be an object, got None"),
+        (NV_EMBED | {"surprise": 1}, "unknown key 'surprise', which may change the maths"),
+        (nested("text_config", surprise=1), "unknown key 'surprise', which may change the maths"),
+        (nested("text_config", model_type="mistral"), "of text_config must be 'bidir_mistral'"),
+        (nested("text_config", architectures=["Other"]), "architectures must be among"),
+        (nested("text_config", attention_bias=True), "attention_bias=True changes the maths"),
+        (NV_EMBED | {"latent_attention_config": None}, "latent_attention_config must be an object"),
+        (nested("latent_attention_config", model_type="x"), "must be 'latent_attention', got 'x'"),
+        (
+            nested("latent_attention_config", num_cross_heads=0),
+            "num_cross_heads must be a positive",
+        ),
+        (nested("latent_attention_config", cross_dim_head=True), "cross_dim_head must be a positi"),
+        (nested("latent_attention_config", num_latents_value=2**21), "num_latents_value must be"),
+        (nested("latent_attention_config", latent_dim=512), "latent_dim must be hidden_size=4096"),
+        (nested("latent_attention_config", output_normalize=False), "output_normalize=False chan"),
+        (nested("latent_attention_config", depth=2), "unknown key 'depth' in latent_attention_co"),
+    ],
+)
+def test_another_nv_embed_is_refused(value: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BundleError, match=problem):
+        parse_config(value, "config.json")
+
+
+def test_a_size_of_nv_embed_that_its_defaults_do_not_fit_is_refused() -> None:
+    body = E5_MISTRAL | {"hidden_size": 2048, "head_dim": 64}
+    value = nvembed_config(body) | {"latent_attention_config": {"model_type": "latent_attention"}}
+    with pytest.raises(BundleError, match="latent_dim must be hidden_size=2048, got 4096"):
+        parse_config(value, "config.json")
+
+
+def test_latents_beside_a_stock_model_type_are_refused() -> None:
+    value = E5_MISTRAL | {"latent_attention_config": {"model_type": "latent_attention"}}
+    with pytest.raises(BundleError, match="unknown key 'latent_attention_config'"):
+        parse_config(value, "config.json")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("latents", [None, LatentAttentionConfig(16, 2, 24)])
+def test_what_is_written_for_bidirectional_attention_is_read_here_and_not_by_stock_code(
+    tmp_path: Path, model_type: str, latents: LatentAttentionConfig | None
+) -> None:
+    config = replace(
+        MISTRAL_7B,
+        model_type=model_type,
+        sliding_window=None,
+        is_stock=False,
+        latent_attention=latents,
+    )
+    written = config_json(config, "float16")
+    assert parse_config(written, "config.json") == config
+    assert written["model_type"] == f"lowmem-bidirectional-{model_type}"
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="does not recognize this architecture"):
+        AutoConfig.from_pretrained(tmp_path)

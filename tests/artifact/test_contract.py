@@ -89,8 +89,15 @@ def test_a_contract_without_tasks_is_read() -> None:
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or null, got '</s>'"),
         ({"is_causal": 1}, "is_causal must be true or false, got 1"),
         ({"normalize_embeddings": None}, "normalize_embeddings must be true or false, got None"),
-        ({"pooling": "cls"}, "pooling must be one of lasttoken, mean, got 'cls'"),
-        ({"pooling": ["mean"]}, "pooling must be one of lasttoken, mean, got ['mean']"),
+        ({"pooling": "cls"}, "pooling must be one of lasttoken, mean, latent_attention, got 'cls'"),
+        (
+            {"pooling": ["mean"]},
+            "pooling must be one of lasttoken, mean, latent_attention, got ['mean']",
+        ),
+        (
+            {"pooling": "latent_attention"},
+            "pooling by latent_attention needs is_causal=false",
+        ),
         ({"max_seq_length": 3}, "max_seq_length must be an integer of at least 4, got 3"),
         ({"max_seq_length": 512.0}, "max_seq_length must be an integer of at least 4, got 512.0"),
         ({"tasks": ["NQ"]}, "tasks must map names to instructions"),

@@ -16,6 +16,7 @@ from transformers.convert_slow_tokenizer import LlamaConverter, generate_merges
 
 from lowmem.artifact.config import ModelConfig, config_json
 from lowmem.artifact.contract import Contract
+from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.artifact.stock_files import check, render
 from lowmem.errors import BundleError, InputError
 
@@ -364,7 +365,8 @@ def test_what_was_rendered_fits_its_contract(
     tmp_path: Path, tiny: Files, change: dict[str, Any], eos: int | None
 ) -> None:
     contract = replace(CONTRACT, eos_token_id=eos, **change)
-    check(write(tmp_path, render(CONFIG, contract, tiny)), CONFIG, contract)
+    config = replace(CONFIG, is_stock=contract.is_causal)
+    check(write(tmp_path, render(config, contract, tiny), config), config, contract)
 
 
 def edit(name: str, change: Callable[[Any], object]) -> Callable[[Path], object]:
@@ -481,6 +483,32 @@ def test_sentence_transformers_files_beside_other_attention_are_refused(
     directory = write(tmp_path, render(CONFIG, CONTRACT, tiny))
     with pytest.raises(BundleError, match=r"modules\.json must not be there: stock code would"):
         check(directory, CONFIG, replace(CONTRACT, is_causal=False))
+
+
+@pytest.mark.parametrize(
+    ("is_stock", "problem"),
+    [
+        (True, "config.json must have a model_type that stock code refuses"),
+        (False, "config.json has the model_type of bidirectional attention"),
+    ],
+)
+def test_a_model_type_of_other_attention_is_refused(
+    tmp_path: Path, tiny: Files, is_stock: bool, problem: str
+) -> None:
+    contract, config = replace(CONTRACT, is_causal=not is_stock), replace(CONFIG, is_stock=is_stock)
+    directory = write(tmp_path, render(config, contract, tiny), config)
+    with pytest.raises(BundleError, match=problem):
+        check(directory, config, contract)
+
+
+def test_latent_attention_needs_a_model_that_has_its_weights(tiny: Files) -> None:
+    pooled = replace(CONTRACT, is_causal=False, pooling="latent_attention")
+    with pytest.raises(InputError, match="got latent_attention and a model with no weights for it"):
+        render(CONFIG, pooled, tiny)
+    latents = replace(CONFIG, is_stock=False, latent_attention=LatentAttentionConfig(8, 2, 16))
+    assert render(latents, pooled, tiny).keys() == {"tokenizer.json", "tokenizer_config.json"}
+    with pytest.raises(InputError, match="got mean and a model with weights for it"):
+        render(latents, replace(pooled, pooling="mean"), tiny)
 
 
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])

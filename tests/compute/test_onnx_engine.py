@@ -20,8 +20,11 @@ from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute import onnx_selftest
 from lowmem.compute.onnx_engine import _FREE_CELLS, OnnxEngine, _alike
+from lowmem.compute.plan import Plan
 from lowmem.errors import BackendError, BundleError, CapacityError
+from lowmem.planner.memory import ONNX_BASE_BYTES, predict
 from lowmem.text.batching import EncodedText, PackedBatch, pack
+from tests.bidirectional import NVEMBED, put_own_config, tiny_nvembed
 from tests.models import CONTRACT, VOCAB_SIZE, tiny_checkpoint
 from tests.tolerances import INVARIANCE, ONNX_ROUNDED_COSINE
 from tests.variants import write_variant
@@ -281,6 +284,24 @@ def test_a_session_holds_its_packed_weights_one_matrix_and_little_else(
     assert allowed < 4 * weights, "a float32 copy of the weights would show"
     assert measured["bytes"] < allowed
     assert not measured["torch"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize("form", [Plain("F16"), IntGrouped(4, 64), Int8Channel()], ids=str)
+def test_a_session_with_latent_attention_holds_what_is_predicted(
+    tmp_path: Path, form: Format
+) -> None:
+    source = tiny_nvembed(tmp_path / "source", hidden_size=1024, intermediate_size=4096).path
+    put_own_config(source)
+    variant = write_variant(source, tmp_path / "variant", form)
+    write_graphs(variant, NVEMBED)
+    command = [sys.executable, "-c", _MEASURE, str(variant), json.dumps(NVEMBED.to_json())]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    opened = Checkpoint(variant)
+    plan = Plan("", "onnxruntime", "cpu", "fp32", "resident", batch_tokens=32)
+    predicted = predict(plan, opened.config, "F16", opened.formats)[0] - ONNX_BASE_BYTES
+    measured = json.loads(shown.stdout)["bytes"]
+    assert 0.7 * predicted < measured < predicted + _SMALL_BYTES
 
 
 def test_selftests_notice_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -395,6 +395,7 @@ def test_at_most_ten_rows_that_are_not_finite_are_named(
         ({"engine": "onnxruntime"}, None),
         ({"is_causal": False}, None),
         ({"pooling": "mean"}, None),
+        ({"is_causal": False, "pooling": "latent_attention"}, None),
     ],
 )
 def test_a_prefix_is_computed_apart_only_where_that_is_sound(

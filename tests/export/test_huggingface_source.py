@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from export.sources import HuggingFaceDirectory, open_source
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE
 from lowmem.errors import BundleError, InputError
+from tests.bidirectional import tiny_gritlm, tiny_nvembed
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MistralModel"],
@@ -268,7 +269,9 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     config = {"model_type": "qwen2", "architectures": ["Qwen2Model"]}
-    with pytest.raises(BundleError, match="model_type must be one of llama, mistral, got 'qwen2'"):
+    with pytest.raises(
+        BundleError, match="model_type must be one of llama, mistral, nvembed, got 'qwen2'"
+    ):
         open_source(write(tmp_path / "m", config=config))
 
 
@@ -282,4 +285,73 @@ def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(InputError, match=r"hub ids are not supported yet: download it with `hf do"):
         open_source(Path("Linq-AI-Research/Linq-Embed-Mistral"))
     with pytest.raises(BundleError, match=r"config\.json cannot be read: No such file"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_nv_embed_is_read_under_the_names_of_its_parts(tmp_path: Path, shards: int) -> None:
+    source = open_source(tiny_nvembed(tmp_path, shards=shards).path)
+    stored = {
+        name: tensor
+        for file in tmp_path.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    for name, key in (
+        ("embed_tokens.weight", "embedding_model.embed_tokens.weight"),
+        ("latent_attention_model.latents", "latent_attention_model.latents"),
+    ):
+        np.testing.assert_array_equal(source.tensor(name).array, stored[key].numpy())
+    assert source.shards is not None
+    assert len(source.shards) == shards
+
+
+def test_gritlm_is_read_as_the_mistral_that_it_is(tmp_path: Path) -> None:
+    source = open_source(tiny_gritlm(tmp_path).path)
+    assert (source.config.model_type, source.config.latent_attention) == ("mistral", None)
+
+
+LATENT = "latent_attention_model.cross_attend_blocks"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda tensors: tensors.pop("latent_attention_model.latents"),
+            "tensor latent_attention_model.latents is missing",
+        ),
+        (
+            lambda tensors: tensors.pop(f"{LATENT}.1.fn.net.0.bias"),
+            rf"tensor {LATENT}\.1\.fn\.net\.0\.bias is missing",
+        ),
+        (
+            lambda tensors: tensors.update({f"{LATENT}.0.fn.to_q.bias": torch.zeros(60).half()}),
+            rf"unexpected tensors: {LATENT}\.0\.fn\.to_q\.bias",
+        ),
+        (
+            lambda tensors: tensors.update({f"{LATENT}.0.fn.to_kv.weight": torch.zeros(2, 128)}),
+            rf"{LATENT}\.0\.fn\.to_kv\.weight must have shape \(120, 128\), got \(2, 128\)",
+        ),
+        (
+            lambda tensors: tensors.update({f"{LATENT}.0.norm.bias": torch.zeros(128).int()}),
+            rf"{LATENT}\.0\.norm\.bias must be F16, got I32",
+        ),
+    ],
+)
+def test_latents_that_are_not_those_of_the_config_are_refused(
+    tmp_path: Path, change: Callable[[Tensors], object], problem: str
+) -> None:
+    path = tiny_nvembed(tmp_path).path / SINGLE_FILE
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(BundleError, match=problem):
+        open_source(tmp_path)
+
+
+def test_latents_beside_a_config_without_them_are_refused(tmp_path: Path) -> None:
+    path = tiny_nvembed(tmp_path).path / "config.json"
+    body = json.loads(path.read_text())["text_config"] | {"model_type": "mistral"}
+    path.write_text(json.dumps(body))
+    with pytest.raises(BundleError, match="unexpected tensors: latent_attention_model"):
         open_source(tmp_path)

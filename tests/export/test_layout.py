@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from export.layout import Layout, lay_out
 from export.writer import TensorWriter
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped, Plain
+from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.artifact.tensors import DTYPES, RawTensor, read_header
 from lowmem.artifact.weights import module_shapes
 
@@ -145,3 +147,15 @@ def test_the_safetensors_library_reads_what_is_written(form: Format, tmp_path: P
     stored = read_header(path)
     assert {name: tensor.offset for name, tensor in stored.items()} == dict(layout.offsets)
     assert {name: tensor.spec for name, tensor in stored.items()} == dict(layout.specs)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_weights_of_a_pooling_lie_in_16_bits_behind_the_final_norm(form: Format) -> None:
+    latents = LatentAttentionConfig(5, 2, 24)
+    layout = laid_out(replace(model(), is_stock=False, latent_attention=latents), form)
+    check_places(layout)
+    names = list(layout.specs)
+    behind = names[names.index("norm.weight") + 1 :][:14]
+    assert behind == list(latents.shapes(128))
+    for name, shape in latents.shapes(128).items():
+        assert (layout.specs[name].dtype, layout.specs[name].shape) == ("F16", shape)

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.artifact.variants import formats_for
 from lowmem.compute.plan import Plan
 from lowmem.planner import memory
@@ -25,6 +26,34 @@ def test_mapped_weights_cost_a_cpu_plan_nothing():
 def test_onnxruntime_packs_codes_and_maps_16_bit_weights():
     packed = predict("int8", engine="onnxruntime")[0] - predict("fp16", engine="onnxruntime")[0]
     assert packed > 0.9 * SEVEN_B.linear_weights
+
+
+def with_latents(plan, variant):
+    latents = LatentAttentionConfig(512, 8, 4096)
+    nv_embed = replace(SEVEN_B, is_stock=False, latent_attention=latents)
+    formats = formats_for(variant, SEVEN_B, "F16")
+    more = memory.predict(plan, nv_embed, "F16", formats)
+    less = memory.predict(plan, SEVEN_B, "F16", formats)
+    return more[0] - less[0], more[1] - less[1]
+
+
+KEYS_AND_VALUES = 2 * 8 * 512 * 4096 * 4
+MLP_WEIGHTS = 3 * 4 * 4096 * 4096
+
+
+def test_latent_attention_costs_its_folded_matrices_and_on_a_device_its_mlp():
+    cpu, cuda = (Plan("fp16", "torch", device, "fp32", "resident") for device in ("cpu", "cuda"))
+    assert with_latents(cpu, "fp16") == (KEYS_AND_VALUES, 0)
+    assert with_latents(cuda, "fp16") == (0, KEYS_AND_VALUES + 2 * MLP_WEIGHTS)
+
+
+def test_latent_attention_in_a_graph_is_float32_where_its_weights_are_folded():
+    plan = Plan("int4", "onnxruntime", "cpu", "fp32", "resident", batch_tokens=1)
+    matrix = MLP_WEIGHTS // 3 * 4
+    small = 3 * 4 * (4 * 4096 + 3 * 16384)
+    assert with_latents(plan, "int8")[0] == pytest.approx(KEYS_AND_VALUES + matrix, abs=small)
+    folded = KEYS_AND_VALUES + 4 * MLP_WEIGHTS + matrix
+    assert with_latents(plan, "int4")[0] == pytest.approx(folded, abs=small)
 
 
 def test_a_cpu_plan_needs_no_device_memory():

@@ -223,6 +223,18 @@ def test_a_mean_leaves_out_bos_and_the_prompt(
     assert one(tokenizer, "fox").pooled_from == 0
 
 
+def test_latent_attention_leaves_out_as_many_tokens_as_the_prompt_has_pieces(
+    path: Path, stock: PreTrainedTokenizerFast
+) -> None:
+    """With BOS among them, the word that the prompt's last space merges into is taken in."""
+    tokenizer = with_contract(path, is_causal=False, pooling="latent_attention")
+    encoded = one(tokenizer, "fox", QUERY)
+    assert encoded.pooled_from == len(stock_ids(stock, QUERY))
+    before = [BOS, *stock_ids(stock, QUERY.rstrip())]
+    assert encoded.input_ids[: encoded.pooled_from].tolist() == before
+    assert one(tokenizer, "fox").pooled_from == 0
+
+
 def test_a_mean_always_has_a_token(path: Path, stock: PreTrainedTokenizerFast) -> None:
     tokenizer = with_contract(path, eos_token_id=None, pooling="mean")
     encoded = one(tokenizer, "the", QUERY)  # one piece, together with the prompt's space
