@@ -14,7 +14,7 @@ from typing import Any
 from lowmem.artifact import strict_json
 from lowmem.errors import BundleError, InputError
 
-POOLINGS = ("lasttoken", "mean")
+POOLINGS = ("lasttoken", "mean", "latent_attention")
 _TEXT = "{text}"
 _TASK = "{task}"
 
@@ -34,7 +34,8 @@ class Contract:
         bos_token_id: First id of every text, or None.
         eos_token_id: Last id of every text, also after truncation, or None.
         is_causal: Whether a token attends only to itself and earlier ones.
-        pooling: ``lasttoken``, or ``mean`` over the tokens behind the instruction.
+        pooling: ``lasttoken``, ``mean`` over the tokens behind the instruction, or
+            ``latent_attention``, the same mean behind the model's own attention over latents.
         max_seq_length: Most tokens of one text, prompt and special tokens included.
         normalize_embeddings: Whether vectors have unit length.
     """
@@ -61,7 +62,7 @@ class Contract:
         Args:
             input_type: ``query`` or ``document``.
             task: A name in ``tasks``, or an instruction as it stands. None means the contract's
-                default; the empty string means no prompt at all.
+                default; the empty string means none, and so what stands before a document.
 
         Raises:
             InputError: The input type is unknown, or a task is needed and there is no default.
@@ -81,7 +82,10 @@ class Contract:
                 f"give an instruction, or one of its task names (known: {known})"
             )
         instruction = self.tasks.get(task, task)
-        return before.replace(_TASK, instruction) if instruction else ""
+        if instruction:
+            return before.replace(_TASK, instruction)
+        bare = self.document_template.removesuffix(_TEXT)
+        return "" if _TASK in bare else bare
 
     def to_json(self) -> dict[str, Any]:
         """The object that stands in the manifest, and that ``--contract FILE`` takes."""

@@ -26,11 +26,12 @@ class _Prompt:
     """What a prompt gives when it is tokenized by itself.
 
     Attributes:
-        tokens: How many ids it has, BOS included.
+        pooled_from: How many ids a mean leaves out: BOS and its own, but for those of a space at
+            its end, which belongs to the first word of the text.
         prefix: BOS and its ids less the last, whose trailing space merges into the next word.
     """
 
-    tokens: int
+    pooled_from: int
     prefix: Ids
 
 
@@ -111,7 +112,7 @@ class Tokenizer:
             prefix = known[prompt].prefix
             shared = len(prefix) < len(ids) and bool(np.array_equal(ids[: len(prefix)], prefix))
             # A word that the prompt's last piece has merged into may be the whole text.
-            pooled_from = min(known[prompt].tokens, len(ids) - 1) if prompt else 0
+            pooled_from = min(known[prompt].pooled_from, len(ids) - 1) if prompt else 0
             encoded.append(EncodedText(ids, len(prefix) if shared else 0, pooled_from, cut))
         if too_long:
             raise InputError(
@@ -145,7 +146,8 @@ class Tokenizer:
                 f"{contract.max_seq_length}: {prompt!r:.60}"
             )
         before = [] if contract.bos_token_id is None else [contract.bos_token_id]
-        return _Prompt(len(before) + len(pieces), np.array([*before, *pieces[:-1]], np.int64))
+        instruction = self._pieces.encode(prompt.rstrip(" "), add_special_tokens=False).ids
+        return _Prompt(len(before) + len(instruction), np.array([*before, *pieces[:-1]], np.int64))
 
 
 def _is_unicode(text: str) -> bool:

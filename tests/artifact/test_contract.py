@@ -40,6 +40,16 @@ def test_an_empty_task_is_no_prompt_at_all() -> None:
     assert LINQ.prompt("query", "") == ""
 
 
+def test_an_empty_task_is_what_stands_before_a_document() -> None:
+    contract = replace(
+        LINQ,
+        query_template="<|user|>\n{task}\n<|embed|>\n{text}",
+        document_template="<|embed|>\n{text}",
+    )
+    assert contract.prompt("query", "") == contract.prompt("document") == "<|embed|>\n"
+    assert replace(contract, document_template="{task}: {text}").prompt("query", "") == ""
+
+
 def test_a_document_has_the_prompt_of_its_own_template() -> None:
     assert LINQ.prompt("document") == ""
     assert replace(LINQ, document_template="passage: {text}").prompt("document") == "passage: "
@@ -89,8 +99,11 @@ def test_a_contract_without_tasks_is_read() -> None:
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or null, got '</s>'"),
         ({"is_causal": 1}, "is_causal must be true or false, got 1"),
         ({"normalize_embeddings": None}, "normalize_embeddings must be true or false, got None"),
-        ({"pooling": "cls"}, "pooling must be one of lasttoken, mean, got 'cls'"),
-        ({"pooling": ["mean"]}, "pooling must be one of lasttoken, mean, got ['mean']"),
+        ({"pooling": "cls"}, "pooling must be one of lasttoken, mean, latent_attention, got 'cls'"),
+        (
+            {"pooling": ["mean"]},
+            "pooling must be one of lasttoken, mean, latent_attention, got ['mean']",
+        ),
         ({"max_seq_length": 3}, "max_seq_length must be an integer of at least 4, got 3"),
         ({"max_seq_length": 512.0}, "max_seq_length must be an integer of at least 4, got 512.0"),
         ({"tasks": ["NQ"]}, "tasks must map names to instructions"),
