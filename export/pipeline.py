@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from export.graph import write_graphs
 from export.layout import Layout, lay_out
 from export.quantizers.data_free import quantize
 from export.sources import Source
+from export.special_tokens import disagreement
 from export.workspace import Workspace, link_or_copy, links
 from export.writer import TensorWriter
 from lowmem.artifact import strict_json
@@ -34,6 +36,8 @@ from lowmem.artifact.variants import DTYPE_NAMES, formats_for, recipe_for
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint
 from lowmem.compute.operations.linear import to_torch
 from lowmem.errors import BundleError, CapacityError, InputError
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
@@ -55,6 +59,7 @@ def export(
     bundle: Path,
     contract: Contract,
     *,
+    model: str | None = None,
     variants: Sequence[str],
     onnx: bool = True,
     copy: bool = False,
@@ -67,6 +72,7 @@ def export(
         source: The checkpoint.
         bundle: The bundle's directory; made if it is not there.
         contract: The input contract; its length limit is cut to the model's own.
+        model: Short name of the known model that it is, for the manifest.
         variants: Names of the variants.
         onnx: Whether to write ONNX graphs.
         copy: Whether to write the bytes of ``fp16`` again instead of linking the source's files.
@@ -83,14 +89,22 @@ def export(
     """
     config = source.config
     contract = contract.bounded(config.longest_sequence)
+    if contract.pooling == "latent_attention":
+        raise InputError(
+            f"pooling latent_attention needs a model with latents, and {source.name} has none"
+        )
     dtype = "BF16" if source.dtype == "BF16" else "F16"
     workspace = Workspace(bundle)
     old = workspace.manifest()
-    stanza = _source_stanza(source, progress)
+    stanza = _source_stanza(source, model, progress)
     if old is not None and old.source["sha256"] != stanza["sha256"]:
         raise BundleError(f"{bundle} was exported with another source: choose another directory")
     if old is not None and old.contract != contract:
         raise BundleError(f"{bundle} was exported with another contract: choose another directory")
+    if old is not None and model is not None and old.source.get("model") not in (None, model):
+        raise BundleError(
+            f"{bundle} was exported as {old.source['model']}, not {model}: choose another directory"
+        )
     if not variants:
         raise InputError("variants must name at least one variant")
     jobs = []
@@ -104,7 +118,14 @@ def export(
     if not jobs and old is not None:
         return old
 
-    stock = render_stock_files(config, contract, source.tokenizer_files())
+    tokenizer_files = source.tokenizer_files()
+    stock = render_stock_files(config, contract, tokenizer_files)
+    if problem := disagreement(tokenizer_files, contract):
+        logger.warning(
+            "%s: %s; the bundle follows its contract, and so do the tokenizers in it",
+            source.name,
+            problem,
+        )
     workspace.begin([job.name for job in jobs], _needed_bytes(jobs, source, bundle, copy))
     try:
         for job in jobs:
@@ -133,7 +154,7 @@ def export(
     return manifest
 
 
-def _source_stanza(source: Source, progress: Progress) -> dict[str, Any]:
+def _source_stanza(source: Source, model: str | None, progress: Progress) -> dict[str, Any]:
     """Name and identity of a source: one hash over the sorted hashes of its files."""
     files = source.files()
     entries = []
@@ -141,7 +162,7 @@ def _source_stanza(source: Source, progress: Progress) -> dict[str, Any]:
         progress("hashing the source", done, len(files))
         entries.append((path.name, file_sha256(path)))
     digest = hashlib.sha256(strict_json.canonical(sorted(entries))).hexdigest()
-    return {"name": source.name, "sha256": digest, "revision": None}
+    return {"name": source.name, "sha256": digest, "revision": None, "model": model}
 
 
 def _check_existing(bundle: Path, old: Manifest, name: str, dtype: str, onnx: bool) -> None:
