@@ -104,7 +104,7 @@ def _contract(wanted: str | None, found: Sequence[str], source: str) -> tuple[Co
             f"(of {names}), or --contract FILE, a JSON object with templates, special tokens, "
             "attention, pooling and length limit (README, 'The input contract')"
         )
-    named = wanted or found[0]
+    named = found[0] if wanted is None else wanted
     if named in models:
         return models[named].contract, named
     if not Path(named).is_file():

@@ -9,9 +9,11 @@ import jsonschema
 import numpy as np
 import pytest
 
-from lowmem import schemas
+from lowmem import InputError, schemas
+from lowmem.artifact.models import known_models
+from lowmem.cli.export import _contract
 from lowmem.fidelity import metrics
-from tests.models import TEXTS, tiny_checkpoint
+from tests.models import CONTRACT, TEXTS, tiny_checkpoint
 from tests.tolerances import INVARIANCE_DISTANCE
 
 FP32 = ("--engine", "torch", "--compute", "fp32")
@@ -63,6 +65,28 @@ def test_a_contract_may_be_named_and_check_knows_the_model(bundle, tmp_path):
     assert manifest["contract"]["query_template"] == "Instruct: {task}\nQuery: {text}"
     done = lowmem("check", named)
     assert "the card of e5-mistral prints no scores, nothing is compared" in done.stdout
+
+
+def test_a_contract_that_was_found_is_taken_unless_another_is_asked_for(tmp_path):
+    linq, gritlm = known_models()["linq"].contract, known_models()["gritlm"].contract
+    assert _contract(None, ("linq",), "x") == (linq, "linq")
+    assert _contract("gritlm", ("linq",), "x") == (gritlm, "gritlm")
+    file = tmp_path / "contract.json"
+    file.write_text(json.dumps(CONTRACT.to_json()))
+    assert _contract(str(file), ("linq",), "x") == (CONTRACT, "linq")
+    assert _contract(str(file), ("linq", "sfr"), "x") == (CONTRACT, None)
+
+
+def test_a_contract_that_files_cannot_tell_is_asked_for_with_the_candidates():
+    with pytest.raises(InputError) as caught:
+        _contract(None, ("linq", "sfr"), "checkpoint")
+    assert str(caught.value) == (
+        "the input contract of checkpoint must be given, its files fit linq, sfr alike: give "
+        "--contract NAME (of linq, sfr), or --contract FILE, a JSON object with templates, special "
+        "tokens, attention, pooling and length limit (README, 'The input contract')"
+    )
+    with pytest.raises(InputError, match="and '' is neither"):
+        _contract("", (), "checkpoint")
 
 
 def test_check_ends_with_status_1_and_one_line_where_scores_differ(bundle, tmp_path):
