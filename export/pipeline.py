@@ -7,6 +7,7 @@ an export that goes on after a killed one does not read it again.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from export.layout import lay_out
 from export.linking import link_or_copy, links
 from export.quantizers.data_free import quantize
 from export.sources import Source
+from export.special_tokens import disagreement
 from export.workspace import Workspace
 from export.writer import TensorWriter
 from lowmem.artifact import strict_json
@@ -39,6 +41,8 @@ from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint, latent_sh
 from lowmem.compute.operations.linear import to_torch
 from lowmem.errors import BundleError, InputError
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
@@ -50,6 +54,7 @@ def export(
     bundle: Path,
     contract: Contract,
     *,
+    model: str | None = None,
     variants: Sequence[str],
     onnx: bool = True,
     copy: bool = False,
@@ -62,6 +67,7 @@ def export(
         source: The checkpoint.
         bundle: The bundle's directory; made if it is not there.
         contract: The input contract; its length limit is cut to the model's own.
+        model: Short name of the known model that it is, for the manifest.
         variants: Names of the variants.
         onnx: Whether to write ONNX graphs.
         copy: Whether to write the bytes of ``fp16`` again instead of linking the source's files.
@@ -84,7 +90,7 @@ def export(
     with Workspace(bundle) as workspace:
         old = workspace.manifest()
         identity = SourceIdentity(source, progress)
-        stanza = _source_stanza(source, identity)
+        stanza = _source_stanza(source, model, identity)
         if old is not None and old.source["sha256"] != stanza["sha256"]:
             raise BundleError(
                 f"{bundle} was exported with another source: choose another directory"
@@ -92,6 +98,11 @@ def export(
         if old is not None and old.contract != contract:
             raise BundleError(
                 f"{bundle} was exported with another contract: choose another directory"
+            )
+        if old is not None and model is not None and old.source.get("model") not in (None, model):
+            raise BundleError(
+                f"{bundle} was exported as {old.source['model']}, not {model}: choose another "
+                "directory"
             )
         if not variants:
             raise InputError("variants must name at least one variant")
@@ -108,7 +119,14 @@ def export(
             workspace.clear()
             return old
 
-        stock = render_stock_files(config, contract, source.tokenizer_files())
+        tokenizer_files = source.tokenizer_files()
+        stock = render_stock_files(config, contract, tokenizer_files)
+        if problem := disagreement(tokenizer_files, contract):
+            logger.warning(
+                "%s: %s; the bundle follows its contract, and so do the tokenizers in it",
+                source.name,
+                problem,
+            )
         try:
             work = work_digest(identity, contract, jobs, copy=copy)
             finished = workspace.finished(work)
@@ -143,9 +161,9 @@ def export(
     return manifest
 
 
-def _source_stanza(source: Source, identity: SourceIdentity) -> dict[str, Any]:
+def _source_stanza(source: Source, model: str | None, identity: SourceIdentity) -> dict[str, Any]:
     """Name and identity of a source."""
-    return {"name": source.name, "sha256": identity.sha256, "revision": None}
+    return {"name": source.name, "sha256": identity.sha256, "revision": None, "model": model}
 
 
 def _check_existing(bundle: Path, old: Manifest, name: str, dtype: str, onnx: bool) -> None:
@@ -214,7 +232,7 @@ def _check_linked(source: Source, identity: SourceIdentity, variant: Variant) ->
 
 
 def _groups(config: ModelConfig) -> list[list[str]]:
-    """The source's tensors in the order of the layout: embedding, each layer, final norm and pooling."""
+    """The source's tensors in the order of the layout: embedding, layers, final norm and pooling."""
     layers = [
         [f"layers.{index}.{name}.weight" for name in (*NORMS, *config.linears())]
         for index in range(config.num_hidden_layers)

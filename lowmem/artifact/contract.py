@@ -62,7 +62,7 @@ class Contract:
         Args:
             input_type: ``query`` or ``document``.
             task: A name in ``tasks``, or an instruction as it stands. None means the contract's
-                default; the empty string means no prompt at all.
+                default; the empty string means none, and so what stands before a document.
 
         Raises:
             InputError: The input type is unknown, or a task is needed and there is no default.
@@ -82,7 +82,10 @@ class Contract:
                 f"give an instruction, or one of its task names (known: {known})"
             )
         instruction = self.tasks.get(task, task)
-        return before.replace(_TASK, instruction) if instruction else ""
+        if instruction:
+            return before.replace(_TASK, instruction)
+        bare = self.document_template.removesuffix(_TEXT)
+        return "" if _TASK in bare else bare
 
     def to_json(self) -> dict[str, Any]:
         """The object that stands in the manifest, and that ``--contract FILE`` takes."""

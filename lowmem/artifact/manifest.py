@@ -72,7 +72,7 @@ class Manifest:
     """Everything that ``lowmem.json`` says.
 
     Attributes:
-        source: Name, kind, revision and sha256 of what was exported.
+        source: Name, kind, revision and sha256 of what was exported, and the known model it is.
         licence: The source's licence, or None where it names none.
         contract: The input contract.
         variants: By name.
@@ -221,6 +221,8 @@ def parse_manifest(value: dict[str, Any], place: str) -> Manifest:
         raise BundleError(f"variants must be an object ({place})")
     if not isinstance(value["source"], dict):
         raise BundleError(f"source must be an object ({place})")
+    if not isinstance(value["source"].get("model"), str | None):
+        raise BundleError(f"source.model must be a string or null ({place})")
     if value["licence"] is not None and not isinstance(value["licence"], str):
         raise BundleError(f"licence must be a string or null ({place})")
     return Manifest(

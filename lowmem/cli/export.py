@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 
 from lowmem.artifact.contract import Contract, read_contract
 from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.models import known_models
 from lowmem.artifact.variants import VARIANTS
 from lowmem.cli.options import size_text
 from lowmem.errors import InputError, missing_extra
@@ -30,7 +32,10 @@ def export(
         str, typer.Option(help="none: weights alone decide the codes.")
     ] = "none",
     contract: Annotated[
-        Path | None, typer.Option(help="JSON file with the model's input contract.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="A known model, or a JSON file with the input contract."
+        ),
     ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write ONNX graphs.")] = True,
     reference_texts: Annotated[
@@ -53,14 +58,19 @@ def export(
             f"reference-texts must be auto, probe, quick or none, got {reference_texts!r}"
         )
     names = [name.strip() for name in variants.split(",") if name.strip()]
+    from export.detection import detect
     from export.pipeline import export as run
     from export.sources import open_source
 
     opened = open_source(source)
+    # What is no path here is a name on the hub.
+    found = detect(source, None if source.exists() else source.as_posix())
+    settled, model = _contract(contract, found, opened.name)
     run(
         opened,
         bundle,
-        _contract(contract, opened.name),
+        settled,
+        model=model,
         variants=names,
         onnx=onnx,
         copy=copy,
@@ -77,13 +87,31 @@ def export(
         )
 
 
-def _contract(path: Path | None, source: str) -> Contract:
-    if path is None:
+def _contract(wanted: str | None, found: Sequence[str], source: str) -> tuple[Contract, str | None]:
+    """The contract, and the known model that the source is taken for, or None.
+
+    Args:
+        wanted: ``--contract``.
+        found: Models that the source may be, as ``detect`` gives them.
+        source: Its name.
+    """
+    models = known_models()
+    if wanted is None and len(found) != 1:
+        why = f"its files fit {', '.join(found)} alike" if found else "its files fit no known model"
+        names = ", ".join(found or models)
         raise InputError(
-            f"the input contract of {source} is not known: give --contract FILE, a JSON object "
-            "with templates, special tokens, pooling and length limit (README, 'Input contract')"
+            f"the input contract of {source} must be given, {why}: give --contract NAME "
+            f"(of {names}), or --contract FILE, a JSON object with templates, special tokens, "
+            "attention, pooling and length limit (README, 'The input contract')"
         )
-    return read_contract(path)
+    named = found[0] if wanted is None else wanted
+    if named in models:
+        return models[named].contract, named
+    if not Path(named).is_file():
+        raise InputError(
+            f"--contract takes a JSON file or one of {', '.join(models)}, and {named!r} is neither"
+        )
+    return read_contract(Path(named)), found[0] if len(found) == 1 else None
 
 
 def _show(what: str, done: int, total: int) -> None:

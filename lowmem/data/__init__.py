@@ -1,4 +1,6 @@
-"""The texts that come with lowmem: what they are is in ``SOURCES.md``, how in ``build_texts.py``.
+"""What comes with lowmem: built-in texts, and tables of known models and their known answers.
+
+Where the texts are from is in ``SOURCES.md``, how they were made in ``build_texts.py``.
 
 ``probe`` is what fidelity is measured on and ``quick`` 64 of its rows, for machines where ``probe``
 takes too long; ``calibration`` steers the quantizers and ``workloads`` is timed. They are files
@@ -17,6 +19,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from lowmem.errors import InputError
 
@@ -62,6 +65,12 @@ def load(name: str) -> tuple[Row, ...]:
     # JSON leaves U+2028 as it is, so splitlines would cut a text in two.
     lines = _read(f"{name}.jsonl").split("\n")
     return tuple(Row(**json.loads(line)) for line in lines if line)
+
+
+def load_json(name: str) -> dict[str, Any]:
+    """Returns the object that a JSON file of this package holds."""
+    value: dict[str, Any] = json.loads(_read(name))
+    return value
 
 
 def sha256(rows: Iterable[Row]) -> str:

@@ -26,7 +26,8 @@ class _Prompt:
     """What a prompt gives when it is tokenized by itself.
 
     Attributes:
-        pooled_from: Index of the first token behind it that a mean takes in.
+        pooled_from: How many ids a mean leaves out: BOS and its own, but for those of a space at
+            its end, which belongs to the first word of the text.
         prefix: BOS and its ids less the last, whose trailing space merges into the next word.
     """
 
@@ -145,10 +146,8 @@ class Tokenizer:
                 f"{contract.max_seq_length}: {prompt!r:.60}"
             )
         before = [] if contract.bos_token_id is None else [contract.bos_token_id]
-        # NV-Embed leaves out as many tokens as its instruction has pieces, and BOS is one of
-        # them: so the word that its trailing space merges into is taken in.
-        counted = [] if contract.pooling == "latent_attention" else before
-        return _Prompt(len(counted) + len(pieces), np.array([*before, *pieces[:-1]], np.int64))
+        instruction = self._pieces.encode(prompt.rstrip(" "), add_special_tokens=False).ids
+        return _Prompt(len(before) + len(instruction), np.array([*before, *pieces[:-1]], np.int64))
 
 
 def _is_unicode(text: str) -> bool:

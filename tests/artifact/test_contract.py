@@ -40,6 +40,16 @@ def test_an_empty_task_is_no_prompt_at_all() -> None:
     assert LINQ.prompt("query", "") == ""
 
 
+def test_an_empty_task_is_what_stands_before_a_document() -> None:
+    contract = replace(
+        LINQ,
+        query_template="<|user|>\n{task}\n<|embed|>\n{text}",
+        document_template="<|embed|>\n{text}",
+    )
+    assert contract.prompt("query", "") == contract.prompt("document") == "<|embed|>\n"
+    assert replace(contract, document_template="{task}: {text}").prompt("query", "") == ""
+
+
 def test_a_document_has_the_prompt_of_its_own_template() -> None:
     assert LINQ.prompt("document") == ""
     assert replace(LINQ, document_template="passage: {text}").prompt("document") == "passage: "

@@ -1,9 +1,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +10,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel, LlamaTokenizerFast
-from transformers.convert_slow_tokenizer import LlamaConverter, generate_merges
 
 from lowmem.artifact.config import ModelConfig, config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.artifact.stock_files import check, render
 from lowmem.errors import BundleError, InputError
+from tests.mistral import SPECIAL_TOKENS, mistral_tokenizer
 
 MESSY = Path(__file__).parents[2] / "../shared/data/messy/texts.jsonl"
 TEXTS = [
@@ -62,7 +60,6 @@ CONFIG = ModelConfig(
     max_position_embeddings=256,
     sliding_window=None,
 )
-SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>"]
 # A few units in the last place of numbers up to 8: padding may change the order of sums.
 FLOAT32_NOISE = 2e-6
 Files = dict[str, bytes]
@@ -71,55 +68,6 @@ Files = dict[str, bytes]
 load_tokenizer: Callable[..., Any] = AutoTokenizer.from_pretrained
 llama_config: Callable[..., Any] = LlamaConfig
 llama_model: Callable[..., Any] = LlamaModel
-merges_by_score: Callable[..., list[Any]] = generate_merges
-
-
-class Merges:
-    """The order of merges by score, which transformers otherwise reads with sentencepiece."""
-
-    def __init__(self, model: str) -> None:
-        """Takes what the class that it stands for takes."""
-
-    def extract(self, scores: list[tuple[str, float]]) -> tuple[dict[str, int], list[Any]]:
-        pieces = {piece: number for number, (piece, _) in enumerate(scores)}
-        return {}, merges_by_score(pieces, scores)
-
-
-class MistralConverter(LlamaConverter):
-    SpmExtractor: Any = Merges
-
-
-def mistral_tokenizer(*, legacy: bool) -> Files:
-    """Mistral's own v1 tokenizer, converted by transformers, as the hub's repositories have it."""
-    spec = find_spec("mistral_common")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the package mistral-common")
-    convert: Callable[..., Any] = MistralConverter
-    converted = convert(
-        SimpleNamespace(
-            vocab_file=Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1",
-            legacy=legacy,
-            add_prefix_space=True,
-            convert_ids_to_tokens=SPECIAL_TOKENS.__getitem__,
-        )
-    ).converted()
-    converted.add_special_tokens(["<unk>"])  # as saving it would
-    # As in e5-mistral: the flag says EOS, the post-processor does not.
-    converted.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_eos_token": True,
-        "legacy": legacy,
-        "pad_token": {"__type": "AddedToken", "content": "</s>", "special": True},
-        "chat_template": "{{ messages }}",
-        "model_max_length": int(1e30),
-    }
-    return {
-        "tokenizer.json": converted.to_str().encode(),
-        "tokenizer_config.json": json.dumps(settings).encode(),
-    }
 
 
 def byte_level_tokenizer(*, prefix_space: bool = False, loose: bool = False) -> Files:

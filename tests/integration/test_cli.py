@@ -9,9 +9,11 @@ import jsonschema
 import numpy as np
 import pytest
 
-from lowmem import schemas
+from lowmem import InputError, schemas
+from lowmem.artifact.models import known_models
+from lowmem.cli.export import _contract
 from lowmem.fidelity import metrics
-from tests.models import TEXTS, tiny_checkpoint
+from tests.models import CONTRACT, TEXTS, tiny_checkpoint
 from tests.tolerances import INVARIANCE_DISTANCE
 
 FP32 = ("--engine", "torch", "--compute", "fp32")
@@ -50,6 +52,65 @@ def reported(bundle, tmp_path_factory):
         *("--dump", folder / "dump"),
     )
     return copy, folder, done
+
+
+def test_a_contract_may_be_named_and_check_knows_the_model(bundle, tmp_path):
+    checkpoint = bundle.parent / "checkpoint"
+    named = tmp_path / "named"
+    options = ("--variants", "fp16", "--no-onnx", "--reference-texts", "none")
+    lowmem("export", checkpoint, named, "--contract", "e5-mistral", *options)
+    manifest = json.loads((named / "lowmem.json").read_text())
+    jsonschema.validate(manifest, schemas.load("manifest"))
+    assert manifest["source"]["model"] == "e5-mistral"
+    assert manifest["contract"]["query_template"] == "Instruct: {task}\nQuery: {text}"
+    done = lowmem("check", named)
+    assert "the card of e5-mistral prints no scores, nothing is compared" in done.stdout
+
+
+def test_a_contract_that_was_found_is_taken_unless_another_is_asked_for(tmp_path):
+    linq, gritlm = known_models()["linq"].contract, known_models()["gritlm"].contract
+    assert _contract(None, ("linq",), "x") == (linq, "linq")
+    assert _contract("gritlm", ("linq",), "x") == (gritlm, "gritlm")
+    file = tmp_path / "contract.json"
+    file.write_text(json.dumps(CONTRACT.to_json()))
+    assert _contract(str(file), ("linq",), "x") == (CONTRACT, "linq")
+    assert _contract(str(file), ("linq", "sfr"), "x") == (CONTRACT, None)
+
+
+def test_a_contract_that_files_cannot_tell_is_asked_for_with_the_candidates():
+    with pytest.raises(InputError) as caught:
+        _contract(None, ("linq", "sfr"), "checkpoint")
+    assert str(caught.value) == (
+        "the input contract of checkpoint must be given, its files fit linq, sfr alike: give "
+        "--contract NAME (of linq, sfr), or --contract FILE, a JSON object with templates, special "
+        "tokens, attention, pooling and length limit (README, 'The input contract')"
+    )
+    with pytest.raises(InputError, match="and '' is neither"):
+        _contract("", (), "checkpoint")
+
+
+def test_check_ends_with_status_1_and_one_line_where_scores_differ(bundle, tmp_path):
+    answers = {
+        "source": "https://example.org/card",
+        "task": "same",
+        "queries": ["the quick fox"],
+        "documents": ["the brown fox", "at the end"],
+        "scores": [[99.5, -99.5]],
+        "arithmetic": "fp32",
+    }
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    options = ("--answers", tmp_path / "answers.json", "--variant", "int8", *FP32)
+    done = lowmem("check", bundle, *options, status=1)
+    assert "100 x cosine: https://example.org/card" in done.stdout
+    assert "quantized: 0.2, and what a mean cosine of 0.985, the floor standard" in done.stdout
+    assert [line.split()[:3] for line in done.stdout.splitlines()[-2:]] == [
+        ["1", "1", "99.500"],
+        ["1", "2", "-99.500"],
+    ]
+    assert "plan int8-torch-cpu-fp32-resident" in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("lowmem: error: ")]
+    assert "int8-torch-cpu-fp32-resident does not give the scores of answers.json" in line
+    assert "must score -99.500 within" in line
 
 
 def test_export_prints_bits_and_sizes(bundle):
@@ -207,7 +268,12 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
         (("plan", "BUNDLE", "--floor", "high"), "strict, standard, loose"),
         (("plan", "BUNDLE", "--engine", "jax"), "engine must be auto or one of"),
         (("report", "BUNDLE", "--json", "no/where.json"), "its directory does not exist"),
-        (("export", "BUNDLE/fp16", "new"), "give --contract FILE"),
+        (
+            ("export", "BUNDLE/fp16", "new"),
+            "its files fit no known model: give --contract NAME (of",
+        ),
+        (("export", "BUNDLE/fp16", "new", "--contract", "c.json"), "one of linq, e5-mistral, sfr"),
+        (("check", "BUNDLE"), "does not say which known model it holds"),
         (("export", "nothing.gguf", "new", "--contract", "c.json"), "nothing.gguf"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else value[0],

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from export import linking, pipeline
 from export.pipeline import export
@@ -25,7 +27,7 @@ from lowmem.artifact.tensors import read_header
 from lowmem.artifact.variants import VARIANTS, recipe_for
 from lowmem.artifact.weights import Checkpoint
 from lowmem.errors import BundleError, CapacityError, InputError
-from tests.models import CONTRACT, tiny_checkpoint
+from tests.models import BOS, CONTRACT, EOS, tiny_checkpoint
 
 Tree = dict[str, bytes]
 
@@ -105,8 +107,73 @@ def test_nothing_of_the_machine_is_in_the_manifest(exported: Path, tmp_path: Pat
     assert str(tmp_path.parent) not in text
     assert os.uname().nodename not in text
     value = json.loads(text)
-    assert set(value["source"]) == {"name", "sha256", "revision"}
+    assert set(value["source"]) == {"name", "sha256", "revision", "model"}
     assert value["source"]["name"] == "tiny"
+
+
+def test_the_manifest_names_the_known_model(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = write(checkpoint, tmp_path / "named", ["fp16"], model="linq")
+    assert manifest.source["model"] == Bundle(tmp_path / "named").manifest.source["model"] == "linq"
+    assert write(checkpoint, tmp_path / "unnamed", ["fp16"]).source["model"] is None
+    with pytest.raises(BundleError, match="was exported as linq, not sfr: choose another"):
+        write(checkpoint, tmp_path / "named", ["int8"], model="sfr")
+    assert write(checkpoint, tmp_path / "named", ["int8"]).source["model"] == "linq"
+
+
+def test_pooling_over_latents_is_refused_without_latents(checkpoint: Path, tmp_path: Path) -> None:
+    contract = replace(CONTRACT, pooling="latent_attention", is_causal=False)
+    with pytest.raises(InputError, match="needs a model with latents, and tiny has none"):
+        export(open_source(checkpoint), tmp_path / "bundle", contract, variants=["fp16"])
+    assert_nothing_in(tmp_path / "bundle")
+
+
+def tokenizer_with(checkpoint: Path, path: Path, template: str) -> Path:
+    """A copy of a checkpoint whose tokenizer.json adds special tokens by itself."""
+    copy = Path(shutil.copytree(checkpoint, path))
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    tokenizer.save(str(copy / "tokenizer.json"))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("template", "note"),
+    [
+        ("<s> $A", "tokenizer.json loses EOS (2)"),
+        ("$A </s>", "tokenizer.json loses BOS (1)"),
+        ("$A", "tokenizer.json loses BOS (1) and loses EOS (2)"),
+        ("<s> <s> $A </s>", "tokenizer.json adds tokens that the contract has not"),
+    ],
+)
+def test_a_tokenizer_that_loses_a_special_token_is_noted_and_mended(
+    checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    template: str,
+    note: str,
+) -> None:
+    source = tokenizer_with(checkpoint, tmp_path / "source", template)
+    write(source, tmp_path / "bundle", ["fp16"])
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message == (
+        f"source: {note}; the bundle follows its contract, and so do the tokenizers in it"
+    )
+    written = Tokenizer.from_file(str(tmp_path / "bundle" / "fp16" / "tokenizer.json"))
+    assert written.encode("fox").ids == [
+        BOS,
+        *written.encode("fox", add_special_tokens=False).ids,
+        EOS,
+    ]
+
+
+def test_a_tokenizer_that_agrees_with_the_contract_is_not_noted(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tokenizer_with(checkpoint, tmp_path / "source", "<s> $A </s>")
+    write(source, tmp_path / "bundle", ["fp16"])
+    assert caplog.records == []
 
 
 def test_every_variant_opens_with_the_weights_of_the_source(

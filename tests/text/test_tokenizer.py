@@ -235,6 +235,14 @@ def test_latent_attention_leaves_out_as_many_tokens_as_the_prompt_has_pieces(
     assert one(tokenizer, "fox").pooled_from == 0
 
 
+def test_a_space_at_the_end_of_the_prompt_belongs_to_the_mean(
+    tokenizer: Tokenizer, stock: PreTrainedTokenizerFast
+) -> None:
+    for text in ("the fox", "fox", "☃"):
+        encoded = one(tokenizer, text, QUERY)
+        assert encoded.pooled_from == 1 + len(stock_ids(stock, "Query:"))
+
+
 def test_a_mean_always_has_a_token(path: Path, stock: PreTrainedTokenizerFast) -> None:
     tokenizer = with_contract(path, eos_token_id=None, pooling="mean")
     encoded = one(tokenizer, "the", QUERY)  # one piece, together with the prompt's space
