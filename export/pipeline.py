@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from export import licences
 from export.graph import write_graphs
 from export.layout import Layout, lay_out
 from export.quantizers.data_free import quantize
@@ -59,6 +60,7 @@ def export(
     onnx: bool = True,
     copy: bool = False,
     force: bool = False,
+    accepts_licence: licences.Accepts = licences.accepts_none,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
     """Writes variants of a model into a bundle, or adds them to one.
@@ -71,6 +73,7 @@ def export(
         onnx: Whether to write ONNX graphs.
         copy: Whether to write the bytes of ``fp16`` again instead of linking the source's files.
         force: Whether to replace variants that were made otherwise.
+        accepts_licence: Asked about each licence that may not permit every use.
         progress: Told what has been done.
 
     Returns:
@@ -79,8 +82,10 @@ def export(
     Raises:
         BundleError: The source is damaged, or the bundle was made from another one.
         CapacityError: The disk has not enough room.
-        InputError: A variant is unknown, is there from another recipe, or BUNDLE is no bundle.
+        InputError: The licence is not accepted, a variant is unknown or is there from another
+            recipe, or BUNDLE is no bundle.
     """
+    licences.check(source.licence, accepts_licence, source.name)
     config = source.config
     contract = contract.bounded(config.longest_sequence)
     dtype = "BF16" if source.dtype == "BF16" else "F16"
@@ -141,7 +146,7 @@ def _source_stanza(source: Source, progress: Progress) -> dict[str, Any]:
         progress("hashing the source", done, len(files))
         entries.append((path.name, file_sha256(path)))
     digest = hashlib.sha256(strict_json.canonical(sorted(entries))).hexdigest()
-    return {"name": source.name, "sha256": digest, "revision": None}
+    return {"name": source.name, "sha256": digest, "revision": source.revision}
 
 
 def _check_existing(bundle: Path, old: Manifest, name: str, dtype: str, onnx: bool) -> None:

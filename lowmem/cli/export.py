@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +21,11 @@ from lowmem.progress import bar
 
 def export(
     source: Annotated[
-        Path,
-        typer.Argument(help="A Hugging Face model directory, or a .gguf file.", show_default=False),
+        str,
+        typer.Argument(
+            help="A Hugging Face model directory, a .gguf file, or a hub id ORG/NAME[@REVISION].",
+            show_default=False,
+        ),
     ],
     bundle: Annotated[Path, typer.Argument(help="Where to write.", show_default=False)],
     variants: Annotated[
@@ -39,6 +44,10 @@ def export(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the source's files instead of linking them.")
     ] = False,
+    accept_licence: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A licence of the source that you have read."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace variants that were made otherwise.")
     ] = False,
@@ -56,15 +65,20 @@ def export(
     from export.pipeline import export as run
     from export.sources import open_source
 
-    opened = open_source(source)
+    # Before anything is downloaded.
+    input_contract = _contract(contract, source)
+    accepts = _acceptance(accept_licence or ())
+    opened = open_source(source, accepts_licence=accepts, progress=_show)
+    typer.echo(f"licence: {opened.licence or 'none named by the source'}", err=True)
     run(
         opened,
         bundle,
-        _contract(contract, opened.name),
+        input_contract,
         variants=names,
         onnx=onnx,
         copy=copy,
         force=force,
+        accepts_licence=accepts,
         progress=_show,
     )
     result = Bundle(bundle)
@@ -84,6 +98,22 @@ def _contract(path: Path | None, source: str) -> Contract:
             "with templates, special tokens, pooling and length limit (README, 'Input contract')"
         )
     return read_contract(path)
+
+
+def _acceptance(named: Collection[str]) -> Callable[[str], bool]:
+    """Accepts the licences that are named, and on a terminal asks once about each other."""
+    known = {name.casefold() for name in named}
+
+    @functools.cache
+    def accepts(licence: str) -> bool:
+        if licence.casefold() in known:
+            return True
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return False
+        question = f"The model's licence, {licence!r}, may not permit every use. Do you accept it?"
+        return typer.confirm(question, err=True)
+
+    return accepts
 
 
 def _show(what: str, done: int, total: int) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem import hardware
+from lowmem import hardware, hub
 from lowmem.artifact import strict_json
 from lowmem.artifact.manifest import MANIFEST, Bundle
 from lowmem.artifact.tensors import some_names
@@ -22,8 +22,11 @@ from lowmem.planner.choice import Choice, choose
 
 def plan(
     subject: Annotated[
-        Path,
-        typer.Argument(metavar="BUNDLE|SOURCE", help="A bundle, or a checkpoint's directory."),
+        str,
+        typer.Argument(
+            metavar="BUNDLE|SOURCE",
+            help="A bundle, a checkpoint's directory, or a hub id ORG/NAME[@REVISION].",
+        ),
     ],
     card: Annotated[
         Path | None, typer.Option(help="JSON description of another machine; nothing is timed.")
@@ -39,11 +42,12 @@ def plan(
     """Show every plan: memory, speed, fidelity, why dropped, which is chosen."""
     wishes = Wishes(variant, engine, device, compute, schedule)
     machine = hardware.probe() if card is None else _described(card)
-    if card is not None or not (subject / MANIFEST).exists():
-        choice = _untimed(subject, machine, wishes)
+    directory = _directory(subject)
+    if card is not None or not (directory / MANIFEST).exists():
+        choice = _untimed(directory, machine, wishes)
     else:
         choice = choose(
-            Bundle(subject),
+            Bundle(directory),
             wishes=wishes,
             floor=parse_floor(floor),
             machine=machine,
@@ -105,6 +109,14 @@ def _row(plan: Plan, choice: Choice) -> str:
         f"{mark} {plan.variant:<9} {plan.engine:<11} {plan.device:<6} {plan.compute:<7} "
         f"{plan.schedule:<9} {memory:>9} {speed:>9}  {plan.fidelity}"
     )
+
+
+def _directory(subject: str) -> Path:
+    """Where the subject lies; of a model on the hub its ``config.json`` alone is brought."""
+    model = hub.parse_id(subject)
+    if model is None or Path(subject).exists():
+        return Path(subject)
+    return hub.fetch(model, "config.json").parent
 
 
 def _described(path: Path) -> Hardware:
