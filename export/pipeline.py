@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from export import licences
 from export.graph import write_graphs
 from export.identity import SourceIdentity, changed
 from export.job import Job, by_file, kept_files, work_digest
@@ -59,6 +60,7 @@ def export(
     onnx: bool = True,
     copy: bool = False,
     force: bool = False,
+    accepts_licence: licences.Accepts = licences.accepts_none,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
     """Writes variants of a model into a bundle, or adds them to one.
@@ -72,6 +74,7 @@ def export(
         onnx: Whether to write ONNX graphs.
         copy: Whether to write the bytes of ``fp16`` again instead of linking the source's files.
         force: Whether to replace variants that were made otherwise.
+        accepts_licence: Asked about each licence that may not permit every use.
         progress: Told what has been done.
 
     Returns:
@@ -81,9 +84,10 @@ def export(
         BundleError: The source is damaged or changes meanwhile, or the bundle was made from
             another one.
         CapacityError: The disk has not enough room.
-        InputError: A variant is unknown, is there from another recipe, or BUNDLE is no bundle or
-            cannot be written.
+        InputError: The licence is not accepted, a variant is unknown or is there from another
+            recipe, or BUNDLE is no bundle or cannot be written.
     """
+    licences.check(source.licence, accepts_licence, source.name)
     config = replace(source.config, is_stock=contract.is_causal)
     contract = contract.bounded(config.longest_sequence)
     dtype = "BF16" if source.dtype == "BF16" else "F16"
@@ -163,7 +167,12 @@ def export(
 
 def _source_stanza(source: Source, model: str | None, identity: SourceIdentity) -> dict[str, Any]:
     """Name and identity of a source."""
-    return {"name": source.name, "sha256": identity.sha256, "revision": None, "model": model}
+    return {
+        "name": source.name,
+        "sha256": identity.sha256,
+        "revision": source.revision,
+        "model": model,
+    }
 
 
 def _check_existing(bundle: Path, old: Manifest, name: str, dtype: str, onnx: bool) -> None:
@@ -232,7 +241,7 @@ def _check_linked(source: Source, identity: SourceIdentity, variant: Variant) ->
 
 
 def _groups(config: ModelConfig) -> list[list[str]]:
-    """The source's tensors in the order of the layout: embedding, layers, final norm and pooling."""
+    """The source's tensors in the layout's order: embedding, layers, final norm and pooling."""
     layers = [
         [f"layers.{index}.{name}.weight" for name in (*NORMS, *config.linears())]
         for index in range(config.num_hidden_layers)

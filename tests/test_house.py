@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    {"errors", "hardware", "cache", "progress", "schemas"},
+    {"errors", "hardware", "cache", "hub", "progress", "schemas"},
     {"data"},
     {"artifact"},
     {"text"},

@@ -6,14 +6,18 @@ no later step knows where the weights came from and none needs more than a layer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from export import licences
 from export.sources.gguf import GgufFile
+from export.sources.hub import open_hub_model
 from export.sources.huggingface import HuggingFaceDirectory
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.tensors import RawTensor
 from lowmem.errors import InputError
+from lowmem.hub import parse_id
 
 __all__ = ["GgufFile", "HuggingFaceDirectory", "Source", "open_source"]
 
@@ -24,6 +28,10 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """What the manifest calls it: the base name of its directory or file."""
+
+    @property
+    def revision(self) -> str | None:
+        """Its commit on the hub, or None where it does not come from there."""
 
     @property
     def config(self) -> ModelConfig:
@@ -64,26 +72,46 @@ class Source(Protocol):
         """Every file that the export depends on, in a fixed order."""
 
 
-def open_source(path: Path) -> Source:
-    """Opens a checkpoint.
+def open_source(
+    source: Path | str,
+    *,
+    accepts_licence: licences.Accepts = licences.accepts_none,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Source:
+    """Opens a checkpoint; from the hub it is downloaded first.
 
     Args:
-        path: A Hugging Face model directory, or a ``.gguf`` file.
+        source: A Hugging Face model directory, a ``.gguf`` file, or a hub id, ``ORG/NAME`` or
+            ``ORG/NAME@REVISION``. What is there on the disk is never looked for on the hub.
+        accepts_licence: Asked about each licence that may not permit every use, before weights
+            are downloaded.
+        progress: Told what has been downloaded.
 
     Raises:
-        InputError: The path is neither of these, or is a kind of checkpoint that is not exported.
+        InputError: It is none of these, is a kind of checkpoint that is not exported, has a
+            licence that is not accepted, or is not on the hub for this user.
         BundleError: A file is missing or damaged, or holds a model that is not supported.
-        BackendError: The path is a ``.gguf`` file, and the package gguf is not installed.
+        CapacityError: The disk has no room for a download.
+        BackendError: It is a ``.gguf`` file, and the package gguf is not installed; or the hub
+            cannot be reached.
     """
+    path = Path(source)
+    opened: Source
     if path.is_dir():
-        return HuggingFaceDirectory(path)
-    if path.is_file() and path.suffix == ".gguf":
-        return GgufFile(path)
-    if path.exists():
-        raise InputError(f"a source must be a model directory or a .gguf file, got {path}")
-    if len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".gguf":
+        opened = HuggingFaceDirectory(path)
+    elif path.is_file() and path.suffix == ".gguf":
+        opened = GgufFile(path)
+    elif path.exists():
         raise InputError(
-            f"there is no directory {path}, and hub ids are not supported yet: download it with "
-            f"`hf download {path} --local-dir DIR` and give the directory"
+            f"a source must be a model directory, a .gguf file or a hub id, got the file {path}"
         )
-    raise InputError(f"a source must be a model directory or a .gguf file; there is no {path}")
+    else:
+        model = parse_id(str(source))
+        if model is None:
+            raise InputError(
+                "a source must be a model directory, a .gguf file or a hub id ORG/NAME; there is "
+                f"no {path}"
+            )
+        return open_hub_model(model, accepts_licence, progress)
+    licences.check(opened.licence, accepts_licence, opened.name)
+    return opened

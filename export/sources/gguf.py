@@ -67,6 +67,7 @@ class GgufFile:
 
     dtype = "F16"
     shards = None
+    revision = None
 
     def __init__(self, path: Path) -> None:
         """Opens and checks the file; no weight is read.

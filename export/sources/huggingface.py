@@ -21,9 +21,9 @@ from lowmem.artifact.weights import (
 )
 from lowmem.errors import BundleError, InputError
 
-_TOKENIZER = "tokenizer.json"
-_TOKENIZER_FILES = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
-_CARD = "README.md"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
+CARD = "README.md"
 _MOST_CARD_BYTES = 2**20
 
 
@@ -34,8 +34,15 @@ class HuggingFaceDirectory:
     exactly; so a norm that was kept in F32 is rounded once, by whoever writes it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, *, name: str | None = None, revision: str | None = None
+    ) -> None:
         """Opens and checks the directory; no weight is read.
+
+        Args:
+            directory: The directory.
+            name: What the manifest calls it, if not by the directory's name.
+            revision: Its commit on the hub, where it comes from there.
 
         Raises:
             InputError: The weights are quantized already, are not in safetensors, or the tokenizer
@@ -43,15 +50,17 @@ class HuggingFaceDirectory:
             BundleError: A file is missing or damaged, or holds a model that is not supported.
         """
         self._directory = directory
-        _refuse_other_weights(directory)
+        refuse_quantized(directory)
+        _refuse_pickled(directory)
         self._checkpoint = Checkpoint(directory)
-        if not (directory / _TOKENIZER).is_file():
+        if not (directory / TOKENIZER).is_file():
             raise InputError(
-                f"a source must have a {_TOKENIZER}, and {directory} has none: make it with "
+                f"a source must have a {TOKENIZER}, and {directory} has none: make it with "
                 "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
-        self.name = directory.resolve().name
-        self.licence = _licence(directory / _CARD)
+        self.name = name or directory.resolve().name
+        self.revision = revision
+        self.licence = card_licence(directory / CARD)
         dtypes = {self._checkpoint.tensors[name].dtype for name in _names(self.config)}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
 
@@ -83,13 +92,13 @@ class HuggingFaceDirectory:
         Raises:
             BundleError: A file cannot be read.
         """
-        return {path.name: _read(path) for path in self._existing(*_TOKENIZER_FILES)}
+        return {path.name: _read(path) for path in self._existing(*TOKENIZER_FILES)}
 
     def files(self) -> list[Path]:
         """Configuration, weights, tokenizer and model card, sorted by path."""
         weights = {tensor.path for tensor in self._checkpoint.tensors.values()}
         index = [] if (self._directory / SINGLE_FILE).exists() else [INDEX_FILE]
-        return sorted({*weights, *self._existing("config.json", *index, *_TOKENIZER_FILES, _CARD)})
+        return sorted({*weights, *self._existing("config.json", *index, *TOKENIZER_FILES, CARD)})
 
     def _existing(self, *names: str) -> list[Path]:
         return [self._directory / name for name in names if (self._directory / name).is_file()]
@@ -103,16 +112,23 @@ def _names(config: ModelConfig) -> list[str]:
     return [*names, *latent_shapes(config)]
 
 
-def _refuse_other_weights(directory: Path) -> None:
-    """Names what the directory holds instead of 16 or 32-bit safetensors, where it is known."""
-    config = strict_json.read_object(directory / "config.json")
-    stanza = config.get("quantization_config")
+def refuse_quantized(directory: Path) -> None:
+    """Checks that a directory's ``config.json``, all that is read, names no quantization.
+
+    Raises:
+        InputError: It does.
+        BundleError: It cannot be read.
+    """
+    stanza = strict_json.read_object(directory / "config.json").get("quantization_config")
     if stanza is not None:
         method = stanza.get("quant_method") if isinstance(stanza, dict) else None
         raise InputError(
             f"a source must have 16 or 32-bit weights, and {directory} is quantized already "
             f"(quant_method {method!r}): export from the model that it was made of"
         )
+
+
+def _refuse_pickled(directory: Path) -> None:
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     if pickled and not any(directory.glob("*.safetensors")):
         raise InputError(
@@ -121,7 +137,7 @@ def _refuse_other_weights(directory: Path) -> None:
         )
 
 
-def _licence(card: Path) -> str | None:
+def card_licence(card: Path) -> str | None:
     """``license`` of the model card's front matter; its ``license_name`` where that is "other"."""
     try:
         with card.open("rb") as file:

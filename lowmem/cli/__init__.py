@@ -30,6 +30,9 @@ app.command("embed")(embed.embed)
 def main() -> None:
     """Runs the command line: exit status 0 done, 1 error, 2 usage, 3 below the floor."""
     logging.basicConfig(format="lowmem: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    if not sys.stderr.isatty():
+        # huggingface_hub draws its bars everywhere, and reads this when it is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except LowmemError as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lowmem import hub
 from lowmem.artifact.contract import Contract, read_contract
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.models import known_models
@@ -21,8 +23,11 @@ from lowmem.progress import bar
 
 def export(
     source: Annotated[
-        Path,
-        typer.Argument(help="A Hugging Face model directory, or a .gguf file.", show_default=False),
+        str,
+        typer.Argument(
+            help="A Hugging Face model directory, a .gguf file, or a hub id ORG/NAME[@REVISION].",
+            show_default=False,
+        ),
     ],
     bundle: Annotated[Path, typer.Argument(help="Where to write.", show_default=False)],
     variants: Annotated[
@@ -44,6 +49,10 @@ def export(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the source's files instead of linking them.")
     ] = False,
+    accept_licence: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A licence of the source that you have read."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace variants that were made otherwise.")
     ] = False,
@@ -58,14 +67,14 @@ def export(
             f"reference-texts must be auto, probe, quick or none, got {reference_texts!r}"
         )
     names = [name.strip() for name in variants.split(",") if name.strip()]
-    from export.detection import detect
     from export.pipeline import export as run
     from export.sources import open_source
 
-    opened = open_source(source)
-    # What is no path here is a name on the hub.
-    found = detect(source, None if source.exists() else source.as_posix())
-    settled, model = _contract(contract, found, opened.name)
+    # Before any weights are downloaded.
+    settled, model = _contract(contract, _known_models(source), source)
+    accepts = _acceptance(accept_licence or ())
+    opened = open_source(source, accepts_licence=accepts, progress=_show)
+    typer.echo(f"licence: {opened.licence or 'none named by the source'}", err=True)
     run(
         opened,
         bundle,
@@ -75,6 +84,7 @@ def export(
         onnx=onnx,
         copy=copy,
         force=force,
+        accepts_licence=accepts,
         progress=_show,
     )
     result = Bundle(bundle)
@@ -85,6 +95,17 @@ def export(
             f"{name:<9} {variant.bits_per_weight['linears']:6.3f} bits/weight  "
             f"{size_text(variant.stored_bytes)}"
         )
+
+
+def _known_models(source: str) -> Sequence[str]:
+    """Models that the source may be; of one on the hub only its configuration is brought."""
+    from export.detection import detect
+
+    model = None if Path(source).exists() else hub.parse_id(source)
+    if model is None:
+        return detect(Path(source))
+    exact = detect(Path(source), model.name)
+    return exact or detect(hub.fetch(model, "config.json").parent)
 
 
 def _contract(wanted: str | None, found: Sequence[str], source: str) -> tuple[Contract, str | None]:
@@ -112,6 +133,22 @@ def _contract(wanted: str | None, found: Sequence[str], source: str) -> tuple[Co
             f"--contract takes a JSON file or one of {', '.join(models)}, and {named!r} is neither"
         )
     return read_contract(Path(named)), found[0] if len(found) == 1 else None
+
+
+def _acceptance(named: Collection[str]) -> Callable[[str], bool]:
+    """Accepts the licences that are named, and on a terminal asks once about each other."""
+    known = {name.casefold() for name in named}
+
+    @functools.cache
+    def accepts(licence: str) -> bool:
+        if licence.casefold() in known:
+            return True
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return False
+        question = f"The model's licence, {licence!r}, may not permit every use. Do you accept it?"
+        return typer.confirm(question, err=True)
+
+    return accepts
 
 
 def _show(what: str, done: int, total: int) -> None:

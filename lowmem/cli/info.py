@@ -34,7 +34,9 @@ def info(
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     contract = opened.contract
-    typer.echo(f"source    {facts['source']['name']}  (sha256 {facts['source']['sha256'][:16]}…)")
+    source = facts["source"]
+    revision = f"@{source['revision']}" if source.get("revision") else ""
+    typer.echo(f"source    {source['name']}{revision}  (sha256 {source['sha256'][:16]}…)")
     typer.echo(f"licence   {facts['licence'] or 'none named by the source'}")
     typer.echo(
         f"contract  {contract.pooling}, {'causal' if contract.is_causal else 'bidirectional'}, "

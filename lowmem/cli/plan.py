@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem import hardware
+from lowmem import hardware, hub
 from lowmem.artifact.manifest import MANIFEST, Bundle
 from lowmem.artifact.tensors import some_names
 from lowmem.artifact.verdict import parse_floor
@@ -22,8 +22,11 @@ from lowmem.planner.choice import Choice, choose, foresee
 
 def plan(
     subject: Annotated[
-        Path,
-        typer.Argument(metavar="BUNDLE|SOURCE", help="A bundle, or a checkpoint's directory."),
+        str,
+        typer.Argument(
+            metavar="BUNDLE|SOURCE",
+            help="A bundle, a checkpoint's directory, or a hub id ORG/NAME[@REVISION].",
+        ),
     ],
     card: Annotated[
         str | None,
@@ -47,9 +50,10 @@ def plan(
     machine = hardware.probe()
     if card is not None:
         machine = cards.describe(card, machine)
-    bundle = Bundle(subject) if (subject / MANIFEST).exists() else None
+    directory = _directory(subject)
+    bundle = Bundle(directory) if (directory / MANIFEST).exists() else None
     if bundle is None or card is not None:
-        found = Subject.of_bundle(bundle) if bundle else Subject.of_checkpoint(subject)
+        found = Subject.of_bundle(bundle) if bundle else Subject.of_checkpoint(directory)
         choice = foresee(found, machine=machine, wishes=wishes, floor=least, bundle=bundle)
     else:
         choice = choose(
@@ -126,3 +130,11 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(
         text, 80, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
+
+
+def _directory(subject: str) -> Path:
+    """Where the subject lies; of a model on the hub its ``config.json`` alone is brought."""
+    model = hub.parse_id(subject)
+    if model is None or Path(subject).exists():
+        return Path(subject)
+    return hub.fetch(model, "config.json").parent

@@ -158,6 +158,7 @@ def _compare(
     report = {
         "format": FORMAT,
         "plan": plan.report_id,
+        "licence": bundle.manifest.licence,
         "artifact_sha256": bundle.manifest.artifact_sha256(plan.variant),
         "reference_sha256": reference.sha256,
         "texts": {

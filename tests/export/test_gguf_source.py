@@ -27,7 +27,7 @@ from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import read_contract
 from lowmem.artifact.stock_files import render
 from lowmem.artifact.weights import module_shapes
-from lowmem.errors import BackendError, BundleError
+from lowmem.errors import BackendError, BundleError, InputError
 
 # Of the tokenizer.json of https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct.
 SMOLLM2_TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"
@@ -348,6 +348,13 @@ def test_the_file_is_all_that_an_export_depends_on(tiny_path: Path) -> None:
     source = open_source(tiny_path)
     assert source.files() == [tiny_path]
     assert (source.name, source.licence) == ("tiny.gguf", "mit")
+
+
+def test_a_licence_that_may_forbid_a_use_is_asked_about(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.gguf", top={"general.license": "llama3"})
+    with pytest.raises(InputError, match=r"the licence of x\.gguf, 'llama3', may not permit every"):
+        open_source(path)
+    assert open_source(path, accepts_licence=lambda name: name == "llama3").licence == "llama3"
 
 
 def test_rope_and_head_size_have_llama_cpp_defaults(tmp_path: Path) -> None:

@@ -278,12 +278,11 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"")
-    with pytest.raises(InputError, match=r"must be a model directory or a \.gguf file, got model"):
+    with pytest.raises(InputError, match=r"a \.gguf file or a hub id, got the file model\.onnx"):
         open_source(Path("model.onnx"))
-    with pytest.raises(InputError, match=r"there is no model\.gguf"):
-        open_source(Path("model.gguf"))
-    with pytest.raises(InputError, match=r"hub ids are not supported yet: download it with `hf do"):
-        open_source(Path("Linq-AI-Research/Linq-Embed-Mistral"))
+    for name in ("model.gguf", "folder/model.gguf", "./folder/model", "a/b/c"):
+        with pytest.raises(InputError, match=rf"a hub id ORG/NAME; there is no {Path(name)}"):
+            open_source(name)
     with pytest.raises(BundleError, match=r"config\.json cannot be read: No such file"):
         open_source(tmp_path)
 
