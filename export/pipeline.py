@@ -1,8 +1,6 @@
 """The export: lay out, quantize group by group, write, check, publish.
 
-Memory holds one tensor of the source at a time, whatever the model's size. All variants are
-written in one pass over the source. A group that is on the disk in every variant is journaled, and
-an export that goes on after a killed one does not read it again.
+Memory holds one tensor of the source at a time, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -10,36 +8,31 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from export import licences
 from export.graph import write_graphs
+from export.groups import write_groups
 from export.identity import SourceIdentity, changed
-from export.job import Job, by_file, kept_files, work_digest
+from export.job import Job, kept_files, work_digest
 from export.journal import Finished
 from export.layout import lay_out
 from export.linking import link_or_copy, links
-from export.quantizers.data_free import quantize
 from export.sources import Source
 from export.special_tokens import disagreement
 from export.workspace import Workspace
-from export.writer import TensorWriter
 from lowmem.artifact import strict_json
-from lowmem.artifact.config import NORMS, ModelConfig, config_json
+from lowmem.artifact.config import ModelConfig, config_json
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.formats import Format, Plain, quantization_config
+from lowmem.artifact.formats import Format, quantization_config
 from lowmem.artifact.manifest import Bundle, FileEntry, Manifest, Variant, file_sha256
 from lowmem.artifact.stock_files import check as check_stock_files
 from lowmem.artifact.stock_files import render as render_stock_files
-from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, RawTensor
+from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE
 from lowmem.artifact.variants import DTYPE_NAMES, formats_for, recipe_for
-from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint, latent_shapes
-from lowmem.compute.operations.linear import to_torch
+from lowmem.artifact.weights import Checkpoint, latent_shapes
 from lowmem.errors import BundleError, InputError
 
 logger = logging.getLogger(__name__)
@@ -143,7 +136,7 @@ def export(
                 _write_small_files(workspace.partial / job.name, job.formats, config, dtype, stock)
                 if job.layout is None:
                     _link_shards(source, job, workspace, finished, copy)
-            _write_tensors(source, identity, dtype, jobs, workspace, finished, progress)
+            write_groups(source, identity, dtype, jobs, workspace, finished, progress)
             written = {}
             for done, job in enumerate(jobs):
                 progress("graphs, checks and hashes", done, len(jobs))
@@ -238,72 +231,6 @@ def _check_linked(source: Source, identity: SourceIdentity, variant: Variant) ->
     for shard in source.shards or ():
         if variant.files[shard.name].sha256 != identity.files[shard.name]:
             raise changed(shard)
-
-
-def _groups(config: ModelConfig) -> list[list[str]]:
-    """The source's tensors in the layout's order: embedding, layers, final norm and pooling."""
-    layers = [
-        [f"layers.{index}.{name}.weight" for name in (*NORMS, *config.linears())]
-        for index in range(config.num_hidden_layers)
-    ]
-    return [[EMBEDDING], *layers, [FINAL_NORM, *latent_shapes(config)]]
-
-
-def _write_tensors(
-    source: Source,
-    identity: SourceIdentity,
-    dtype: str,
-    jobs: Sequence[Job],
-    workspace: Workspace,
-    finished: Finished,
-    progress: Progress,
-) -> None:
-    """Reads each tensor of the source once, and writes it in every variant's format."""
-    kept, groups = by_file(finished), _groups(source.config)
-    with ExitStack() as stack:
-        writers = {}
-        for job in jobs:
-            if job.layout is not None:
-                path = workspace.partial / job.file
-                writer = TensorWriter(path, job.layout, kept.get(job.file, ()))
-                writers[job.file] = stack.enter_context(writer)
-        for done, group in enumerate(groups):
-            if group[0] in finished:
-                continue
-            progress("quantizing", done, len(groups))
-            for name in group:
-                module = name.removesuffix(".weight")
-                is_linear = module in jobs[0].formats
-                raw = _sixteen_bits(source.tensor(name), dtype, module if is_linear else name)
-                for job in jobs:
-                    if job.file not in writers:
-                        continue
-                    if is_linear:
-                        _write_linear(writers[job.file], module, raw, job.formats[module])
-                    else:
-                        writers[job.file].write(name, raw)
-            identity.check()
-            workspace.record(group[0], {file: writer.sync() for file, writer in writers.items()})
-        for writer in writers.values():
-            writer.finish()
-
-
-def _write_linear(writer: TensorWriter, module: str, raw: RawTensor, form: Format) -> None:
-    if isinstance(form, Plain):
-        writer.write(f"{module}.weight", raw)
-        return
-    for suffix, tensor in quantize(to_torch(raw, "cpu"), form, module).items():
-        writer.write(f"{module}.{suffix}", tensor)
-
-
-def _sixteen_bits(raw: RawTensor, dtype: str, name: str) -> RawTensor:
-    """The tensor in the variant's 16-bit dtype; float32 is rounded once, to float16."""
-    weight = to_torch(raw, "cpu")
-    if raw.dtype != dtype:
-        weight = weight.half()
-    if not bool(torch.isfinite(weight).all()):
-        raise BundleError(f"a weight must be finite and fit {DTYPE_NAMES[dtype]} ({name})")
-    return raw if raw.dtype == dtype else RawTensor("F16", weight.numpy())
 
 
 def _finish(directory: Path, job: Job, contract: Contract, onnx: bool) -> Variant:

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-from export import workspace
+from export import linking
 from export.pipeline import export
 from export.sources import HuggingFaceDirectory, open_source
 from lowmem import hub as hub_files
@@ -125,7 +125,7 @@ def test_a_second_export_downloads_nothing(hub: Hub) -> None:
 def test_the_hub_and_its_directory_give_the_same_bundle_but_for_name_and_revision(
     hub: Hub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(linking, "_reflink", lambda source, target: False)
     for source, place in ((NAME, "hub-bundle"), (checkpoint, "bundle")):
         opened = open_source(source)
         export(opened, tmp_path / place, CONTRACT, variants=["fp16", "int8", "int4"])
@@ -143,8 +143,8 @@ def test_the_hub_and_its_directory_give_the_same_bundle_but_for_name_and_revisio
     sources = [manifest.pop("source") for manifest in manifests]
     assert manifests[0] == manifests[1]
     digest = sources[1]["sha256"]
-    assert sources[0] == {"name": NAME, "sha256": digest, "revision": COMMIT}
-    assert sources[1] == {"name": "tiny", "sha256": digest, "revision": None}
+    assert sources[0] == {"name": NAME, "sha256": digest, "revision": COMMIT, "model": None}
+    assert sources[1] == {"name": "tiny", "sha256": digest, "revision": None, "model": None}
     # The cache holds links; what is linked from the bundle is the file behind them.
     for shard in (tmp_path / "hub-bundle" / "fp16").glob("*.safetensors"):
         cached = next((tmp_path / "hub").rglob(f"snapshots/*/{shard.name}"))

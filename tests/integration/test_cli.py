@@ -274,7 +274,7 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
         ),
         (("export", "BUNDLE/fp16", "new", "--contract", "c.json"), "one of linq, e5-mistral, sfr"),
         (("check", "BUNDLE"), "does not say which known model it holds"),
-        (("export", "nothing.gguf", "new", "--contract", "c.json"), "nothing.gguf"),
+        (("export", "nothing.gguf", "new", "--contract", "linq"), "nothing.gguf"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else value[0],
 )
