@@ -21,6 +21,7 @@ from lowmem.compute.attention import Spans, attend
 from lowmem.compute.decoder import rms_norm
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear
+from lowmem.compute.operations.products import product
 
 PRODUCT_DTYPES = {
     "fp32": torch.float32,
@@ -28,7 +29,7 @@ PRODUCT_DTYPES = {
     "fp16": torch.float16,
     "int8": torch.float32,
 }
-CHUNK_TOKENS = 1024
+CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ class PlainOperations:
         """residual + linear(mixed), float32 ``[tokens, hidden]``."""
         weight = self._weight(linear)
         total = torch.empty_like(residual)
-        for rows in _chunks(len(mixed)):
+        for rows in _chunks(mixed):
             exact = max(0, exact_rows - rows.start)
-            product = self._product(self._inputs(mixed[rows], (linear,), exact), weight)
-            torch.add(residual[rows], product, out=total[rows])
+            projected = self._product(self._inputs(mixed[rows], (linear,), exact), weight)
+            torch.add(residual[rows], projected, out=total[rows])
         return total
 
     def gated_mlp(
@@ -95,7 +96,7 @@ class PlainOperations:
         inputs = self._inputs(rms_norm(hidden, norm, self._eps), (gate, up), exact_rows)
         gated = self._product(inputs, self._weight(gate))
         weight = self._weight(up)
-        for rows in _chunks(len(gated)):
+        for rows in _chunks(gated):
             raised = self._product(inputs.of(rows), weight)
             gated[rows] = F.silu(gated[rows].float()).mul_(raised)
         del inputs, weight
@@ -112,7 +113,7 @@ class PlainOperations:
         return Activations(states.to(self.dtype), None)
 
     def _product(self, inputs: Activations, weight: Tensor) -> Tensor:
-        result = F.linear(inputs.states, weight)
+        result = product(inputs.states, weight)
         return result if inputs.row_scales is None else result.mul_(inputs.row_scales)
 
     def _weight(self, linear: Linear) -> Tensor:
@@ -130,9 +131,15 @@ class PlainOperations:
         return weight
 
 
-def _chunks(tokens: int) -> list[slice]:
-    """Slices of at most CHUNK_TOKENS tokens, about equal."""
-    count = -(-tokens // CHUNK_TOKENS)
+def chunk_tokens(features: int) -> int:
+    """How many tokens go through an operation at a time, by how wide its widest tensor is."""
+    return max(1, CHUNK_BYTES // (4 * features))
+
+
+def _chunks(states: Tensor) -> list[slice]:
+    """About equal slices of rows, none with more than float32 copies of CHUNK_BYTES."""
+    tokens, features = states.shape
+    count = -(-tokens // chunk_tokens(features))
     edges = [tokens * number // count for number in range(count + 1)] if count else []
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
