@@ -60,7 +60,7 @@ class Attention:
     def _causal(self, nodes: Scope, query: ir.Value, key: ir.Value, value: ir.Value) -> ir.Value:
         # Versions of ONNX Runtime write to the second and third output whether they are there
         # or not.
-        return nodes(
+        mixed = nodes(
             "GroupQueryAttention",
             query,
             key,
@@ -78,6 +78,13 @@ class Attention:
             do_rotary=1,
             rotary_interleaved=0,
         )
+        # A value is freed behind its last reader, and one without a reader when the pass ends:
+        # unread, the keys and values of all layers would be held at once. So one slot is read.
+        producer = mixed.producer()
+        assert producer is not None
+        for present in producer.outputs[1:]:
+            nodes("Gather", present, nodes.scalar(0), axis=2)
+        return mixed
 
     def _bidirectional(
         self, nodes: Scope, query: ir.Value, key: ir.Value, value: ir.Value

@@ -176,6 +176,7 @@ def _open_engine(bundle: Bundle, checkpoint: Checkpoint, plan: Plan) -> Engine:
             device=plan.device,
             compute=plan.compute,
             schedule=plan.schedule,
+            kept_layers=plan.kept_layers,
             threads=plan.threads,
         )
     from lowmem.compute.onnx_engine import OnnxEngine

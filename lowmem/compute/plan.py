@@ -9,6 +9,8 @@ ENGINES = ("torch", "onnxruntime")
 DEVICES = ("cpu", "cuda")
 COMPUTES = ("fp32", "bf16", "fp16", "int8")
 SCHEDULES = ("resident", "streamed")
+CHUNK_BYTES = 16 * 2**20
+"""Size of a temporary in an operation; more tokens than fit into it go through in chunks."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Plan:
         threads: CPU threads of the engine.
         batch_tokens: Most tokens of a batch.
         window_tokens: Most tokens that go through a layer before the next is brought in.
+        kept_layers: Layers of a streamed plan that stay on the device all the same.
         host_bytes: Predicted peak of anonymous and shared memory of the process.
         device_bytes: Predicted peak of device memory, 0 on a CPU.
         tokens_per_second: Measured on this machine, or None.
@@ -41,6 +44,7 @@ class Plan:
     threads: int = 1
     batch_tokens: int = 4096
     window_tokens: int = 4096
+    kept_layers: int = 0
     host_bytes: int = 0
     device_bytes: int = 0
     tokens_per_second: float | None = None
@@ -80,6 +84,7 @@ class Plan:
             "threads": self.threads,
             "batch_tokens": self.batch_tokens,
             "window_tokens": self.window_tokens,
+            "kept_layers": self.kept_layers,
             "state": "candidate" if self.dropped is None else "dropped",
             "reason": self.dropped or self.reason,
             "predicted": {"host_bytes": self.host_bytes, "device_bytes": self.device_bytes},

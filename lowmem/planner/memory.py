@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.weights import module_shapes
-from lowmem.compute.plan import Plan
+from lowmem.compute.plan import CHUNK_BYTES, Plan
 
 MIB = 2**20
 # Interpreter, libraries and thread pools with no model loaded, measured as RssAnon.
@@ -22,8 +22,9 @@ ONNX_BASE_BYTES = 60 * MIB
 CUDA_CONTEXT_BYTES = 600 * MIB
 CUDA_HOST_BYTES = 900 * MIB
 
-# glibc keeps freed blocks below 32 MiB in its heap, where they are too scattered to be given back.
-_HEAP_SLACK_BYTES = 96 * MIB
+# glibc keeps freed blocks below 32 MiB in its heap, where they are too scattered to be given back:
+# measured as much as the activations again, and never more than so many bytes.
+_HEAP_SLACK_BYTES = 315 * MIB
 
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
 _LATENT_BLOCK_BYTES = 64 * MIB
@@ -53,13 +54,13 @@ def predict(
     activations = max(_activation_bytes(plan, config), _pooling_bytes(plan, config))
     work = scratch + activations + _hidden_bytes(plan, config)
     folded, kept = _latent_bytes(config)
+    streamed = 2 * layer if plan.schedule == "streamed" else 0
     if plan.device == "cpu":
-        streamed = layer if plan.schedule == "streamed" else 0
         slack = min(activations, _HEAP_SLACK_BYTES)
         return TORCH_BASE_BYTES + folded + streamed + work + slack, 0
-    resident = weights if plan.schedule == "resident" else 2 * layer
-    host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + 2 * layer
-    return host, CUDA_CONTEXT_BYTES + folded + kept + resident + work
+    resident = weights if plan.schedule == "resident" else plan.kept_layers * layer
+    host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + streamed
+    return host, CUDA_CONTEXT_BYTES + folded + kept + resident + streamed + work
 
 
 def _stored_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
@@ -73,10 +74,13 @@ def _stored_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
 def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
     """The one buffer that matrices are dequantized into."""
     native = {"bf16": "BF16", "fp16": "F16"}.get(plan.compute)
-    if all(isinstance(form, Plain) and form.dtype == native for form in formats.values()):
+    is_native = all(isinstance(form, Plain) and form.dtype == native for form in formats.values())
+    if is_native and plan.device == "cuda":
         return 0
     largest = max(rows * columns for rows, columns in config.linears().values())
-    return largest * _PRODUCT_BYTES[plan.compute]
+    # On a CPU oneDNN reorders a 16-bit matrix into a buffer of its own.
+    copies = 2 if plan.device == "cpu" and native is not None and not is_native else 1
+    return copies * largest * _PRODUCT_BYTES[plan.compute]
 
 
 def _hidden_bytes(plan: Plan, config: ModelConfig) -> int:
@@ -87,22 +91,13 @@ def _hidden_bytes(plan: Plan, config: ModelConfig) -> int:
 def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
     """What the widest moment of a layer holds for one batch: attention's or the MLP's."""
     width = _PRODUCT_BYTES[plan.compute]
-    hidden = 4 * config.hidden_size
-    query, key = config.query_size, config.key_value_size
-    rounding = 4 if plan.compute == "int8" else 0
-    # Residual, q, k, v, rotated copies of q and k with float32 halves, and the mixed heads.
-    attention = hidden + width * (query + 2 * key) + (2 * width + 4) * query + width * query
-    # Residual, gate and up, the inputs of down_proj, its product, and the new residual.
-    mlp = 3 * hidden + (2 * width + 2 * rounding) * config.intermediate_size
-    return plan.batch_tokens * max(attention, mlp)
-
-
-def _latent_bytes(config: ModelConfig) -> tuple[int, int]:
-    """Of latent attention: its folded matrices, and its MLP as it is stored, in 16 bits."""
-    latents, hidden = config.latent_attention, config.hidden_size
-    if latents is None:
-        return 0, 0
-    return latents.folded_bytes(hidden), 2 * 3 * latents.inner_size(hidden) * hidden
+    hidden, query, key = config.hidden_size, config.query_size, config.key_value_size
+    # The residual stream; q, k and v; q and k rotated; the mixed heads, and before them SDPA's.
+    attention = 4 * hidden + width * (4 * query + 3 * key)
+    # The residual stream, its norm as inputs, and the gate; what meets it goes in two chunks.
+    mlp = 4 * hidden + width * (hidden + config.intermediate_size)
+    chunks = 4 if plan.compute == "int8" else 2  # rounding adds its quotients and their codes
+    return plan.batch_tokens * max(attention, mlp) + chunks * CHUNK_BYTES
 
 
 def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:
@@ -114,6 +109,14 @@ def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:
     if config.latent_attention is None:
         return 0
     return 4 * 4 * config.hidden_size * plan.batch_tokens + _LATENT_BLOCK_BYTES
+
+
+def _latent_bytes(config: ModelConfig) -> tuple[int, int]:
+    """Of latent attention: its folded matrices, and its MLP as it is stored, in 16 bits."""
+    latents, hidden = config.latent_attention, config.hidden_size
+    if latents is None:
+        return 0, 0
+    return latents.folded_bytes(hidden), 2 * 3 * latents.inner_size(hidden) * hidden
 
 
 def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tuple[int, int]:
@@ -135,8 +138,8 @@ def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tup
         if plan.device == "cuda" or any(isinstance(form, IntGrouped) for form in formats.values()):
             # Cast to float32 while the session opens, and kept.
             folded += 2 * _latent_bytes(config)[1]
-    # Measured: three times the widest moment, as its buffers of differing shapes are not shared.
-    activations = 3 * plan.batch_tokens * 4 * max(layer, pooling)
+    # Measured: a little more than the widest moment, for chunks of the arena that fit nothing.
+    activations = int(1.1 * plan.batch_tokens * 4 * max(layer, pooling))
     if plan.device == "cpu":
         return ONNX_BASE_BYTES + packed + folded + widened + activations, 0
     host = ONNX_BASE_BYTES + CUDA_HOST_BYTES

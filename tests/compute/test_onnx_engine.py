@@ -327,3 +327,42 @@ def test_eight_bit_products_are_exact_on_a_cpu_with_vnni() -> None:
         pytest.skip("needs a CPU with VNNI")
     assert onnx_selftest.matmul_integer_is_exact(1)
     assert all(onnx_selftest.matmul_nbits_is_exact(8, size, 1) for size in (32, 64, 128))
+
+
+_MEASURE_LAYERS = """
+import os
+import sys
+import time
+from pathlib import Path
+import numpy as np
+from lowmem.artifact.contract import read_contract
+from lowmem.compute.onnx_engine import OnnxEngine
+from lowmem.measure import MemoryPeak
+from lowmem.text.batching import EncodedText, pack
+directory = Path(sys.argv[1])
+engine = OnnxEngine(directory, "model.onnx", read_contract(Path(sys.argv[2])), "cpu", 1)
+ids = np.full(128, 5)
+with MemoryPeak(os.getpid()) as peak:
+    time.sleep(0.05)
+    before = peak.bytes
+    batches = pack([EncodedText(np.append(ids[1:], row + 6), 0, 0) for row in range(32)], 4096)
+    engine.embed(batches)
+    time.sleep(0.05)
+print(peak.bytes - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_activations_of_a_pass_do_not_grow_with_the_layers(tmp_path: Path) -> None:
+    contract = tmp_path / "contract.json"
+    contract.write_text(json.dumps(CONTRACT.to_json()))
+    grown = []
+    for layers in (2, 12):
+        source = tiny_checkpoint(tmp_path / f"{layers}", layers=layers, num_key_value_heads=6)
+        variant = write_variant(source.path, tmp_path / f"{layers}-int4", IntGrouped(4, 64))
+        write_graphs(variant, CONTRACT)
+        command = [sys.executable, "-c", _MEASURE_LAYERS, str(variant), str(contract)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        grown.append(int(done.stdout))
+    a_layers_keys_and_values = 2 * 4096 * 4 * 6 * 32
+    assert grown[1] - grown[0] < 3 * a_layers_keys_and_values

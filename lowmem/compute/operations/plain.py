@@ -22,6 +22,7 @@ from lowmem.compute.decoder import rms_norm
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear
 from lowmem.compute.operations.products import product
+from lowmem.compute.plan import CHUNK_BYTES
 
 PRODUCT_DTYPES = {
     "fp32": torch.float32,
@@ -29,7 +30,6 @@ PRODUCT_DTYPES = {
     "fp16": torch.float16,
     "int8": torch.float32,
 }
-CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
