@@ -21,6 +21,8 @@ from lowmem.planner import memory
 AUTO = "auto"
 BATCH_TOKENS = 4096
 _WINDOW_BATCHES = 4
+# Of what a streamed plan leaves free, this much may hold layers that stay.
+_KEPT_SHARE = 0.8
 _PACKAGES = {"torch": "torch", "onnxruntime": "onnxruntime"}
 _EXTRAS = {"cpu": "cpu", "cuda": "cuda"}
 
@@ -199,7 +201,26 @@ def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     if plan.device == "cuda" and device > hardware.gpus[0].free_bytes:
         free = _gib(hardware.gpus[0].free_bytes)
         return plan.with_(dropped=f"needs {_gib(device)} on the GPU, {free} are free")
-    return plan
+    mapped = memory.mapped_bytes(plan, subject.config, formats)
+    if host + mapped > hardware.host_free_bytes:
+        return plan.with_(
+            dropped=f"maps {_gib(mapped)} of weights, and {_gib(hardware.host_free_bytes - host)} "
+            "are free for them: each pass would read them from disk again"
+        )
+    return _keeping_layers(plan, subject, hardware) if plan.schedule == "streamed" else plan
+
+
+def _keeping_layers(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
+    """The same streamed plan with as many layers kept as the free memory holds."""
+    config, formats = subject.config, subject.formats[plan.variant]
+    on_gpu = plan.device == "cuda"
+    free = hardware.gpus[0].free_bytes if on_gpu else hardware.host_free_bytes
+    free -= plan.device_bytes if on_gpu else plan.host_bytes
+    layer = memory.stored_bytes(config, formats) // config.num_hidden_layers
+    kept = min(int(_KEPT_SHARE * free) // layer, config.num_hidden_layers - 1)
+    plan = plan.with_(kept_layers=max(0, kept))
+    host, device = memory.predict(plan, config, subject.dtype, formats)
+    return plan.with_(host_bytes=host, device_bytes=device)
 
 
 def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:

@@ -80,7 +80,8 @@ def tokens_per_second(
     if plan.schedule == "streamed":
         if gpu.copy_bandwidth is None:
             return None
-        copying = stored / gpu.copy_bandwidth
+        streamed = 1 - plan.kept_layers / config.num_hidden_layers
+        copying = streamed * stored / gpu.copy_bandwidth
         seconds = max(seconds, copying) + copying / config.num_hidden_layers
     return tokens / seconds
 

@@ -48,7 +48,7 @@ def predict(
     """
     if plan.engine == "onnxruntime":
         return _onnx(plan, config, formats)
-    weights = _stored_bytes(config, formats)
+    weights = stored_bytes(config, formats)
     layer = weights // config.num_hidden_layers
     scratch = _scratch_bytes(plan, config, formats)
     activations = max(_activation_bytes(plan, config), _pooling_bytes(plan, config))
@@ -63,7 +63,17 @@ def predict(
     return host, CUDA_CONTEXT_BYTES + folded + kept + resident + streamed + work
 
 
-def _stored_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
+def mapped_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
+    """Weights that a resident plan reads from the page cache in every pass."""
+    if plan.device == "cuda" or plan.schedule == "streamed":
+        return 0
+    if plan.engine == "onnxruntime" and not any(isinstance(f, Plain) for f in formats.values()):
+        return 0  # packed into memory of the process
+    return stored_bytes(config, formats)
+
+
+def stored_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
+    """What the linears take on disk."""
     return sum(
         spec.nbytes
         for module, shape in module_shapes(config).items()

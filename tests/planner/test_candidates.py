@@ -61,6 +61,25 @@ def test_a_12_gib_card_streams_fp16_and_holds_int4():
     assert found["int4-torch-cuda-fp16-resident"].dropped is None
 
 
+def test_a_cpu_plan_whose_mapped_weights_do_not_stay_in_memory_is_streamed():
+    found = plans(TINY)
+    assert "each pass would read them from disk" in found["fp16-torch-cpu-fp32-resident"].dropped
+    assert found["fp16-torch-cpu-fp32-streamed"].dropped is None
+    assert found["int4-torch-cpu-fp32-resident"].dropped is None
+
+
+def test_a_streamed_plan_keeps_the_layers_that_fit():
+    streamed = "fp16-torch-cuda-fp16-streamed"
+    cards = [replace(RTX_3060, free_bytes=free * GIB) for free in (4, 6, 8, 11)]
+    found = [plans(replace(MODERN, gpus=(card,)))[streamed] for card in cards]
+    kept = [plan.kept_layers for plan in found]
+    assert kept == sorted(set(kept))
+    assert 0 < kept[-1] < 32
+    for plan, card in zip(found, cards, strict=True):
+        assert plan.dropped is None
+        assert plan.device_bytes <= card.free_bytes
+
+
 def test_a_turing_card_has_no_bf16():
     turing = Gpu("RTX 2080 Ti", 11 * GIB, 10 * GIB, (7, 5))
     found = plans(replace(MODERN, gpus=(turing,)))
