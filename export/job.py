@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from export.identity import SourceIdentity
 from export.journal import Finished
@@ -51,7 +51,8 @@ def work_digest(
         for job in jobs
     }
     work = {
-        "torch": torch.__version__,
+        "versions": {name: version(name) for name in ("lowmem", "numpy", "torch")},
+        "gguf": version("gguf") if find_spec("gguf") is not None else None,
         "source": identity.sha256,
         "contract": contract.to_json(),
         "variants": variants,

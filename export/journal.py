@@ -17,7 +17,7 @@ from pathlib import Path
 from export.linking import sync_directory
 from lowmem import cache
 from lowmem.artifact import strict_json
-from lowmem.artifact.manifest import is_confined
+from lowmem.artifact.manifest import MANIFEST, is_confined
 from lowmem.errors import BundleError
 
 Checksums = Mapping[str, int]
@@ -120,4 +120,4 @@ def _checksum(text: bytes) -> bytes:
 
 def _is_variant_name(name: object) -> bool:
     plain = isinstance(name, str) and is_confined(name) and "/" not in name
-    return plain and name not in ("reference", "reports")
+    return plain and name not in ("reference", "reports", MANIFEST, ".partial")

@@ -149,7 +149,7 @@ def export(
             raise
         identity.check()
         manifest = Manifest(
-            old.source if old else stanza,
+            {**old.source, "model": old.source.get("model") or model} if old else stanza,
             source.licence,
             contract,
             {**(old.variants if old else {}), **written},

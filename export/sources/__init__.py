@@ -27,7 +27,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """What the manifest calls it: the base name of its directory or file."""
+        """What the manifest calls it: the base name of its directory or file, or its hub id."""
 
     @property
     def revision(self) -> str | None:

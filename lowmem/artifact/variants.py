@@ -5,6 +5,7 @@ Export writes by this table, and the planner plans by it before anything is expo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lowmem.artifact.config import ModelConfig
@@ -14,6 +15,17 @@ from lowmem.errors import InputError
 
 VARIANTS = ("fp16", "int8", "int4", "bnb-int8", "bnb-nf4")
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16"}
+
+
+def check_variants(names: Iterable[str]) -> None:
+    """Refuses names that are not in ``VARIANTS``.
+
+    Raises:
+        InputError: There is no such variant.
+    """
+    for name in names:
+        if name not in VARIANTS:
+            raise InputError(f"a variant must be one of {', '.join(VARIANTS)}, got {name!r}")
 
 
 def formats_for(variant: str, config: ModelConfig, dtype: str) -> dict[str, Format]:
@@ -34,8 +46,7 @@ def formats_for(variant: str, config: ModelConfig, dtype: str) -> dict[str, Form
         "bnb-int8": BnbInt8(),
         "bnb-nf4": BnbNf4(group_size=64, dtype=DTYPE_NAMES[dtype]),
     }
-    if variant not in forms:
-        raise InputError(f"a variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    check_variants([variant])
     return dict.fromkeys(module_shapes(config), forms[variant])
 
 

@@ -33,6 +33,8 @@ def main() -> None:
     if not sys.stderr.isatty():
         # huggingface_hub draws its bars everywhere, and reads this when it is imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It also tells each retry; what came of them is told by our own error.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         app()
     except LowmemError as error:

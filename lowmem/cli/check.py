@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -106,7 +107,7 @@ def _answers(bundle: Bundle, wanted: str | None) -> tuple[str, KnownAnswers]:
             f"{bundle.path} does not say which known model it holds, and {fits}: give --answers "
             f"NAME (of {', '.join(known)}), or --answers FILE"
         )
-    if not Path(wanted).is_file():
+    if not os.path.isfile(wanted):  # Path.is_file raises where a name is too long
         raise InputError(
             f"--answers takes a JSON file or one of {', '.join(known)}, and {wanted!r} is neither"
         )

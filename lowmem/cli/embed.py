@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.weights import Checkpoint
 from lowmem.cli import options
 from lowmem.errors import InputError
-from lowmem.text.files import check_output, read_rows, write_vectors
+from lowmem.text.files import InputRow, check_output, read_rows, write_vectors
+from lowmem.text.tokenizer import Tokenizer
 
 
 def embed(
@@ -42,6 +46,7 @@ def embed(
 
     from lowmem.embedder import Embedder
 
+    prompts, names = _before_planning(Bundle(bundle), rows, input_file, truncate)
     model = Embedder.load(
         bundle,
         variant=variant,
@@ -54,10 +59,34 @@ def embed(
     sys.stderr.write(f"plan {model.plan.id}: {model.plan.reason}\n")
     vectors = model.embed(
         [row.text for row in rows],
-        [model.contract.prompt(row.input_type, row.task) for row in rows],
-        names=[f"line {row.line} of {input_file.name}" for row in rows],
+        prompts,
+        names=names,
         truncate=truncate,
         show_progress_bar=True,
     )
     write_vectors(output, rows, vectors)
     typer.echo(f"{len(vectors)} vectors of {vectors.shape[1]} dimensions in {output}")
+
+
+def _before_planning(
+    bundle: Bundle, rows: Sequence[InputRow], file: Path, truncate: bool
+) -> tuple[list[str], list[str]]:
+    """Prompts and names of the rows; refuses texts that are too long, which timing would delay."""
+    prompts = [bundle.contract.prompt(row.input_type, row.task) for row in rows]
+    names = [f"line {row.line} of {file.name}" for row in rows]
+    # A token has at least one byte, so only these can have too many.
+    most_bytes = bundle.contract.max_seq_length - bundle.contract.special_tokens
+    long = [
+        number
+        for number, row in enumerate(rows)
+        if len(prompts[number].encode()) + len(row.text.encode()) > most_bytes
+    ]
+    if long and not truncate and bundle.manifest.variants:
+        directory = bundle.directory(min(bundle.manifest.variants))
+        vocab_size = Checkpoint(directory).config.vocab_size
+        Tokenizer(directory / "tokenizer.json", bundle.contract, vocab_size).encode(
+            [rows[number].text for number in long],
+            [prompts[number] for number in long],
+            names=[names[number] for number in long],
+        )
+    return prompts, names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from lowmem import hub
 from lowmem.artifact.contract import Contract, read_contract
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.models import known_models
-from lowmem.artifact.variants import VARIANTS
+from lowmem.artifact.variants import VARIANTS, check_variants
 from lowmem.cli.options import size_text
 from lowmem.errors import InputError, missing_extra
 from lowmem.progress import bar
@@ -67,6 +68,7 @@ def export(
             f"reference-texts must be auto, probe, quick or none, got {reference_texts!r}"
         )
     names = [name.strip() for name in variants.split(",") if name.strip()]
+    check_variants(names)
     from export.pipeline import export as run
     from export.sources import open_source
 
@@ -101,7 +103,7 @@ def _known_models(source: str) -> Sequence[str]:
     """Models that the source may be; of one on the hub only its configuration is brought."""
     from export.detection import detect
 
-    model = None if Path(source).exists() else hub.parse_id(source)
+    model = None if os.path.exists(source) else hub.parse_id(source)
     if model is None:
         return detect(Path(source))
     exact = detect(Path(source), model.name)
@@ -128,7 +130,7 @@ def _contract(wanted: str | None, found: Sequence[str], source: str) -> tuple[Co
     named = found[0] if wanted is None else wanted
     if named in models:
         return models[named].contract, named
-    if not Path(named).is_file():
+    if not os.path.isfile(named):  # Path.is_file raises where a name is too long
         raise InputError(
             f"--contract takes a JSON file or one of {', '.join(models)}, and {named!r} is neither"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,6 +136,6 @@ def _wrapped(text: str) -> str:
 def _directory(subject: str) -> Path:
     """Where the subject lies; of a model on the hub its ``config.json`` alone is brought."""
     model = hub.parse_id(subject)
-    if model is None or Path(subject).exists():
+    if model is None or os.path.exists(subject):
         return Path(subject)
     return hub.fetch(model, "config.json").parent

@@ -53,25 +53,30 @@ class LayerStream:
         """Yields the layers; closing the iterator waits for the read under way."""
         coming = iter(self._streamed)
         filling: deque[tuple[_Slot, Future[DecoderLayer]]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="lowmem-stream") as reader:
+        reader = ThreadPoolExecutor(1, thread_name_prefix="lowmem-stream")
 
-            def fill(slot: _Slot) -> None:
-                index = next(coming, None)
-                if index is not None:
-                    filling.append((slot, reader.submit(slot.fill, index)))
+        def fill(slot: _Slot) -> None:
+            index = next(coming, None)
+            if index is not None:
+                filling.append((slot, reader.submit(slot.fill, index)))
 
+        try:
             for slot in self._slots:
                 fill(slot)
             for index in range(self._layers):
                 if index in self._kept:
                     yield self._kept[index]
                     continue
-                slot, layer = filling.popleft()
-                layer.result()
+                slot, coming_layer = filling.popleft()
+                layer = coming_layer.result()
                 slot.begin()
-                yield layer.result()
-                slot.end()
+                try:
+                    yield layer
+                finally:
+                    slot.end()
                 fill(slot)
+        finally:
+            reader.shutdown(cancel_futures=True)
 
 
 def kept_indices(layers: int, kept: int) -> list[int]:
@@ -123,6 +128,9 @@ class _CudaSlot(_Slot):
         self._stream = torch.cuda.Stream()
         self._copied = torch.cuda.Event()
         self._used = torch.cuda.Event()
+        # A copy that is under way when this is dropped must end before the memory is another's.
+        self._device_bytes.record_stream(self._stream)
+        self._used.record()
 
     def fill(self, index: int) -> DecoderLayer:
         """Reads a layer to the host, and asks for its copy behind the last use of this memory."""

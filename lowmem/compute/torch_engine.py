@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from lowmem.text.batching import PackedBatch
 logger = logging.getLogger(__name__)
 
 # torch says only in words that the host's memory, or that of cuBLAS, is used up.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 
 class TorchEngine:
@@ -76,6 +77,7 @@ class TorchEngine:
         self._device = device
         self._ops = PlainOperations(compute, checkpoint.config.rms_norm_eps)
         self._is_resident = schedule == "resident"
+        self._one_pass = threading.Lock()
         self._times_out_of_memory = 0
         self._most_tokens: int | None = None
         if self._is_resident:
@@ -83,7 +85,9 @@ class TorchEngine:
         try:
             self._ends = _load_ends(checkpoint, device)
             self._layers = LayerStream(checkpoint, device, kept_layers)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             raise CapacityError(
                 f"the weights of {checkpoint.directory.name} do not fit the {device} device: "
                 "choose a smaller variant, or --schedule streamed"
@@ -95,7 +99,7 @@ class TorchEngine:
         """Pooled vectors of each batch, not normalised, float32 ``[texts, hidden_size]``.
 
         A streamed plan reads every layer once for all batches, whose hidden states it holds. What
-        does not fit in memory is split in two and tried again.
+        does not fit in memory is split in two and tried again. Threads take turns at it.
 
         Args:
             batches: The texts.
@@ -104,7 +108,7 @@ class TorchEngine:
         Raises:
             CapacityError: A single text does not fit.
         """
-        with torch.inference_mode():
+        with self._one_pass, torch.inference_mode():
             if on_layer is not None:
                 return self._run(batches, on_layer)
             parts = [[batch] for batch in batches] if self._is_resident else [batches]

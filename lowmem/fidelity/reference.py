@@ -1,6 +1,6 @@
 """Reference vectors: the stored 16-bit weights, multiplied in float32, layer by layer from disk.
 
-A pass needs the memory of one layer, whatever the model's size. Vectors of the built-in texts are
+A pass needs the memory of two layers, whatever the model's size. Vectors of the built-in texts are
 made at export and travel with the bundle; those of a user's own texts are kept in the user's cache.
 """
 

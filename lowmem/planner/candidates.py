@@ -152,6 +152,7 @@ def candidates(subject: Subject, hardware: Hardware, wishes: Wishes) -> list[Pla
             f"no plan has {wanted}: onnxruntime runs fp16, int8 and int4 as their graphs are "
             "computed, always resident; torch runs everything"
         )
+    plans = _without_thrashing(plans, subject, hardware, wishes)
     return _without_needless_streaming(plans, wishes)
 
 
@@ -201,12 +202,6 @@ def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     if plan.device == "cuda" and device > hardware.gpus[0].free_bytes:
         free = _gib(hardware.gpus[0].free_bytes)
         return plan.with_(dropped=f"needs {_gib(device)} on the GPU, {free} are free")
-    mapped = memory.mapped_bytes(plan, subject.config, formats)
-    if host + mapped > hardware.host_free_bytes:
-        return plan.with_(
-            dropped=f"maps {_gib(mapped)} of weights, and {_gib(hardware.host_free_bytes - host)} "
-            "are free for them: each pass would read them from disk again"
-        )
     return _keeping_layers(plan, subject, hardware) if plan.schedule == "streamed" else plan
 
 
@@ -242,6 +237,26 @@ def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:
     if plan.compute == "fp16" and not hardware.has_native_fp16:
         return "this CPU does not multiply fp16 natively"
     return None
+
+
+def _without_thrashing(
+    plans: list[Plan], subject: Subject, hardware: Hardware, wishes: Wishes
+) -> list[Plan]:
+    """Drops CPU plans whose mapped weights do not stay in memory, where they could be streamed."""
+    if wishes.schedule != AUTO:
+        return plans
+    streamed = {p.report_id for p in plans if p.schedule == "streamed" and p.dropped is None}
+    kept = []
+    for plan in plans:
+        mapped = memory.mapped_bytes(plan, subject.config, subject.formats[plan.variant])
+        free = hardware.host_free_bytes - plan.host_bytes
+        if plan.dropped is None and plan.report_id in streamed and mapped > free:
+            plan = plan.with_(
+                dropped=f"maps {_gib(mapped)} of weights, and {_gib(free)} are free for them: each "
+                "pass would read them from disk again"
+            )
+        kept.append(plan)
+    return kept
 
 
 def _without_needless_streaming(plans: list[Plan], wishes: Wishes) -> list[Plan]:

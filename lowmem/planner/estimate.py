@@ -49,7 +49,7 @@ def tokens_per_second(
 
     time = products / rate + attention / rate + (activations + dequantization) / memory bandwidth
     for one window of tokens. A streamed plan copies a layer while the one before computes: it takes
-    the longer of that time and the copy of all weights, and always waits for the first layer.
+    the longer of that time and the copy of what is streamed, and always waits for one layer.
 
     Args:
         plan: Engine, compute, schedule and token budgets.

@@ -49,14 +49,14 @@ def time_plans(
         The plans in the same order; one that fails to run is dropped with the error as reason.
     """
     rows = workload(config)
-    name = f"timings-{hardware.fingerprint(machine)}.json"
+    name = f"timings-{hardware.fingerprint(machine)}"
     timings = cache.read_json(name) or {}
     timed = []
     for plan in plans:
         if plan.dropped is not None or plan.tokens_per_second is not None:
             timed.append(plan)
             continue
-        key = _key(plan, bundle, rows)
+        key = _key(plan, bundle, rows, config.num_hidden_layers)
         speed = timings.get(key)
         if not isinstance(speed, float) or speed <= 0:
             on_plan(plan)
@@ -85,11 +85,14 @@ def workload(config: ModelConfig) -> list[Row]:
     return rows
 
 
-def _key(plan: Plan, bundle: Bundle, rows: Sequence[Row]) -> str:
+def _key(plan: Plan, bundle: Bundle, rows: Sequence[Row], layers: int) -> str:
     content = {
         "plan": plan.id,
         "threads": plan.threads,
         "batch_tokens": plan.batch_tokens,
+        "window_tokens": plan.window_tokens,
+        # In eighths of the stack, so that a little more free memory does not mean a new timing.
+        "kept": 8 * plan.kept_layers // layers,
         "artifact": bundle.manifest.artifact_sha256(plan.variant),
         "texts": [row.id for row in rows],
         "versions": package_versions(),

@@ -78,6 +78,8 @@ def read_rows(
         raise InputError(f"{path} cannot be read: {_reason(error)}") from error
     if problems.count:
         raise problems.error()
+    if task is not None and rows and all(row.input_type == "document" for row in rows):
+        raise InputError(f"a task is for queries, and {path} has none: say that they are queries")
     return rows
 
 
@@ -183,6 +185,8 @@ def _row(
     input_type, task = own.get("input_type", input_type), own.get("task", task)
     if problem := _instruction_problem(input_type, task):
         raise ValueError(f"is refused: {problem}")
+    if input_type == "document" and "task" in own and "input_type" not in own:
+        raise ValueError("has a task and is a document, which has none: say that it is a query")
     return InputRow(id=str(row_id), text=text, input_type=input_type, task=task, line=line)
 
 

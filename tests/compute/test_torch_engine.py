@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -420,3 +421,26 @@ def test_unit_vectors_have_length_one_and_zero_stays_zero() -> None:
     assert unit.dtype == np.float32
     assert not unit[7].any()
     assert np.abs(np.delete(lengths, 7) - 1).max() < gamma(2)  # two roundings of each element
+
+
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+def test_threads_that_share_an_engine_get_their_own_vectors(bundle: Bundle, schedule: str) -> None:
+    model = runner(bundle, "int4", schedule=schedule)
+    texts = encoded(model)
+    halves = (texts[:3], texts[3:])
+    expected = [model.embed(half, normalize=True) for half in halves]
+    with ThreadPoolExecutor(2) as pool:
+        rounds = [
+            (number % 2, pool.submit(model.embed, halves[number % 2], normalize=True))
+            for number in range(20)
+        ]
+    for half, found in rounds:
+        assert cosine_distances(found.result(), expected[half]).max() < INVARIANCE
+
+
+def test_host_memory_that_runs_out_while_loading_is_a_capacity_error(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem.compute.streaming._buffer_bytes", lambda checkpoint: 2**60)
+    with pytest.raises(CapacityError, match="weights of fp16 do not fit the cpu device"):
+        runner(bundle, schedule="streamed")

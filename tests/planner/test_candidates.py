@@ -66,6 +66,8 @@ def test_a_cpu_plan_whose_mapped_weights_do_not_stay_in_memory_is_streamed():
     assert "each pass would read them from disk" in found["fp16-torch-cpu-fp32-resident"].dropped
     assert found["fp16-torch-cpu-fp32-streamed"].dropped is None
     assert found["int4-torch-cpu-fp32-resident"].dropped is None
+    asked = plans(TINY, schedule="resident")
+    assert asked["fp16-torch-cpu-fp32-resident"].dropped is None
 
 
 def test_a_streamed_plan_keeps_the_layers_that_fit():

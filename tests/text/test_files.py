@@ -220,6 +220,7 @@ def test_the_text_is_in_the_named_column(written: Written) -> None:
             "is refused: input_type must be 'query' or 'document', got []",
         ),
         ('{"text": "a", "task": 5}', "is refused: task must be a text that is not empty, got 5"),
+        ('{"text": "a", "task": "b"}', "has a task and is a document, which has none: say"),
         ('{"text": "a", "task": ""}', "is refused: task must be a text that is not empty, got ''"),
     ],
 )
