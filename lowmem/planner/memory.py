@@ -106,8 +106,7 @@ def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
     attention = 4 * hidden + width * (4 * query + 3 * key)
     # The residual stream, its norm as inputs, and the gate; what meets it goes in two chunks.
     mlp = 4 * hidden + width * (hidden + config.intermediate_size)
-    chunks = 4 if plan.compute == "int8" else 2  # rounding adds its quotients and their codes
-    return plan.batch_tokens * max(attention, mlp) + chunks * CHUNK_BYTES
+    return plan.batch_tokens * max(attention, mlp) + 2 * CHUNK_BYTES
 
 
 def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:
@@ -139,6 +138,9 @@ def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tup
             packed += rows * columns * 2 if plan.device == "cuda" else 0
         elif isinstance(form, IntGrouped | Int8Channel):
             packed += sum(spec.nbytes for spec in form.specs(rows, columns).values())
+            if isinstance(form, IntGrouped) and plan.compute == "int8":
+                # Scales widened to float32, and a sum of each group's codes beside them.
+                packed += 8 * rows * columns // form.group_size
     layer = 4 * config.hidden_size + 3 * config.intermediate_size
     folded, pooling = 0, 0
     if config.latent_attention is not None:
