@@ -23,8 +23,6 @@ BATCH_TOKENS = 4096
 _WINDOW_BATCHES = 4
 # Of what a streamed plan leaves free, this much may hold layers that stay.
 _KEPT_SHARE = 0.8
-_PACKAGES = {"torch": "torch", "onnxruntime": "onnxruntime"}
-_EXTRAS = {"cpu": "cpu", "cuda": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -219,9 +217,10 @@ def _keeping_layers(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
 
 
 def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:
-    if find_spec(_PACKAGES[plan.engine]) is None:
-        extra = _EXTRAS[plan.device]
-        return f"{plan.engine} is not installed: pip install 'lowmem[{extra}]'"
+    if (
+        find_spec(plan.engine) is None
+    ):  # engines are named after their packages, extras after devices
+        return f"{plan.engine} is not installed: pip install 'lowmem[{plan.device}]'"
     if plan.device == "cuda":
         gpu = hardware.gpus[0]
         too_old = plan.compute in ("bf16", "fp16") and not gpu.multiplies(plan.compute)

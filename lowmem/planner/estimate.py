@@ -14,6 +14,7 @@ from lowmem.artifact.formats import Format, Plain
 from lowmem.artifact.weights import module_shapes
 from lowmem.compute.plan import Plan
 from lowmem.hardware import Gpu
+from lowmem.planner.memory import PRODUCT_BYTES
 
 TEXT_TOKENS = 512
 PRODUCT_EFFICIENCY = 0.8
@@ -29,7 +30,6 @@ _ARITHMETIC = {
     ("torch", "int8"): "fp32",
     ("onnxruntime", "fp16"): "fp16",
 }
-_PRODUCT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _NATIVE = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 # Passes over float32 activations in a layer: norms and residual, rotation, SiLU and product.
@@ -103,7 +103,7 @@ def _weight_bytes(
     config: ModelConfig, formats: Mapping[str, Format], arithmetic: str
 ) -> tuple[int, int]:
     """Bytes of all stored weights, and those moved to bring each once into the product's dtype."""
-    width = _PRODUCT_BYTES[arithmetic]
+    width = PRODUCT_BYTES[arithmetic]
     stored = moved = 0
     for module, (rows, columns) in module_shapes(config).items():
         form = formats[module]

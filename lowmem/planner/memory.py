@@ -29,7 +29,7 @@ _HEAP_SLACK_BYTES = 315 * MIB
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
 _LATENT_BLOCK_BYTES = 64 * MIB
 
-_PRODUCT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 4}
+PRODUCT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 4}
 
 
 def predict(
@@ -90,7 +90,7 @@ def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format
     largest = max(rows * columns for rows, columns in config.linears().values())
     # On a CPU oneDNN reorders a 16-bit matrix into a buffer of its own.
     copies = 2 if plan.device == "cpu" and native is not None and not is_native else 1
-    return copies * largest * _PRODUCT_BYTES[plan.compute]
+    return copies * largest * PRODUCT_BYTES[plan.compute]
 
 
 def _hidden_bytes(plan: Plan, config: ModelConfig) -> int:
@@ -100,7 +100,7 @@ def _hidden_bytes(plan: Plan, config: ModelConfig) -> int:
 
 def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
     """What the widest moment of a layer holds for one batch: attention's or the MLP's."""
-    width = _PRODUCT_BYTES[plan.compute]
+    width = PRODUCT_BYTES[plan.compute]
     hidden, query, key = config.hidden_size, config.query_size, config.key_value_size
     # The residual stream; q, k and v; q and k rotated; the mixed heads, and before them SDPA's.
     attention = 4 * hidden + width * (4 * query + 3 * key)
