@@ -22,7 +22,7 @@ from export.sources.huggingface import (
 from lowmem import hub
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import parse_config
-from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE
+from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, read_weight_map
 from lowmem.errors import BundleError, InputError
 from lowmem.hub import HubModel
 
@@ -96,12 +96,9 @@ def _check_files(model: HubModel, files: Collection[str]) -> None:
 
 def _shards(index: Path, files: Collection[str]) -> list[str]:
     """The shards that an index names, if the hub has them beside it."""
-    weight_map = strict_json.read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BundleError(f"weight_map must be an object that is not empty ({index})")
-    shards = sorted(set(map(str, weight_map.values())))
+    shards = sorted({*read_weight_map(index).values()})
     for shard in shards:
-        if shard not in files or "/" in shard or not shard.endswith(".safetensors"):
+        if shard not in files:
             raise BundleError(
                 f"a shard must be a .safetensors file beside its index, got {shard!r} ({index})"
             )

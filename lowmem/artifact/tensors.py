@@ -194,28 +194,40 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
         return read_header(single)
     if not index.exists():
         raise BundleError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-    weight_map = strict_json.read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BundleError(f"weight_map must be an object that is not empty ({index})")
-    shards: dict[str, dict[str, StoredTensor]] = {}
-    for shard in sorted({str(name) for name in weight_map.values()}):
-        plain = PurePosixPath(shard).name == shard and "\0" not in shard
-        if not plain or not shard.endswith(".safetensors"):
-            raise BundleError(
-                f"a shard must be a .safetensors file beside its index, got {shard!r} ({index})"
-            )
-        shards[shard] = read_header(directory / shard)
+    weight_map = read_weight_map(index)
+    shards = {shard: read_header(directory / shard) for shard in sorted({*weight_map.values()})}
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     if sum(map(len, shards.values())) != len(tensors):
         raise BundleError(f"a tensor stands in more than one shard ({index})")
     wrong = [
         name
         for name in tensors.keys() | weight_map.keys()
-        if name not in shards.get(str(weight_map.get(name)), {})
+        if name not in shards.get(weight_map.get(name, ""), {})
     ]
     if wrong:
         raise BundleError(f"{index} and its shards disagree about {some_names(wrong)}")
     return tensors
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Reads which shard each tensor is in.
+
+    Args:
+        index: ``model.safetensors.index.json``.
+
+    Raises:
+        BundleError: It is no index, or a shard's name leaves its directory.
+    """
+    weight_map = strict_json.read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BundleError(f"weight_map must be an object that is not empty ({index})")
+    for shard in sorted({*map(str, weight_map.values())}):
+        plain = PurePosixPath(shard).name == shard and "\0" not in shard
+        if not plain or not shard.endswith(".safetensors"):
+            raise BundleError(
+                f"a shard must be a .safetensors file beside its index, got {shard!r} ({index})"
+            )
+    return {name: str(shard) for name, shard in weight_map.items()}
 
 
 def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
