@@ -6,11 +6,12 @@ every variant is journaled, and an export that goes on after a killed one does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 
+from export.calibration import Calibration
 from export.identity import SourceIdentity
 from export.job import Job, by_file
 from export.journal import Finished
@@ -22,7 +23,14 @@ from lowmem.artifact.config import NORMS, ModelConfig
 from lowmem.artifact.formats import Format, Plain
 from lowmem.artifact.tensors import RawTensor
 from lowmem.artifact.variants import DTYPE_NAMES
-from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, latent_shapes
+from lowmem.artifact.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    LayerWeights,
+    LinearWeights,
+    latent_shapes,
+    module_shapes,
+)
 from lowmem.compute.operations.linear import to_torch
 from lowmem.errors import BundleError
 
@@ -35,6 +43,7 @@ def write_groups(
     workspace: Workspace,
     finished: Finished,
     progress: Callable[[str, int, int], None],
+    calibration: Calibration | None = None,
 ) -> None:
     """Reads each tensor of the source once, and writes it in every variant's format.
 
@@ -46,12 +55,14 @@ def write_groups(
         workspace: Where the files are, and the journal.
         finished: Groups that a killed export has left whole, which are not read again.
         progress: Told of each group before it is read.
+        calibration: What quantizes the jobs that are calibrated; it reads finished layers, too.
 
     Raises:
         BundleError: A weight is not finite or does not fit its format, or the source changes.
         CapacityError: The disk is full.
     """
-    kept, groups = by_file(finished), _groups(source.config)
+    config = source.config
+    kept, groups = by_file(finished), _groups(config)
     with ExitStack() as stack:
         writers = {}
         for job in jobs:
@@ -60,22 +71,21 @@ def write_groups(
                 writer = TensorWriter(path, job.layout, kept.get(job.file, ()))
                 writers[job.file] = stack.enter_context(writer)
         for done, group in enumerate(groups):
-            if group[0] in finished:
+            is_layer = 0 < done < len(groups) - 1
+            calibrated = calibration if is_layer else None
+            if group[0] in finished and calibrated is None:
                 continue
-            progress("quantizing", done, len(groups))
-            for name in group:
-                module = name.removesuffix(".weight")
-                is_linear = module in jobs[0].formats
-                raw = _sixteen_bits(source.tensor(name), dtype, module if is_linear else name)
-                for job in jobs:
-                    if job.file not in writers:
-                        continue
-                    if is_linear:
-                        _write_linear(writers[job.file], module, raw, job.formats[module])
-                    else:
-                        writers[job.file].write(name, raw)
+            progress(_step(calibrated is not None, group[0] in finished), done, len(groups))
+            if calibrated is None:
+                for name in group:
+                    _write_tensor(name, read_tensor(source, name, dtype), jobs, writers)
+            else:
+                layer = _layer(source, done - 1, dtype)
+                _write_layer(layer, jobs, writers, calibrated, is_finished=group[0] in finished)
             identity.check()
-            workspace.record(group[0], {file: writer.sync() for file, writer in writers.items()})
+            if group[0] not in finished:
+                synced = {file: writer.sync() for file, writer in writers.items()}
+                workspace.record(group[0], synced)
         for writer in writers.values():
             writer.finish()
 
@@ -89,6 +99,77 @@ def _groups(config: ModelConfig) -> list[list[str]]:
     return [[EMBEDDING], *layers, [FINAL_NORM, *latent_shapes(config)]]
 
 
+def _step(is_calibrated: bool, is_finished: bool) -> str:
+    if not is_calibrated:
+        return "quantizing"
+    return "going through finished layers" if is_finished else "calibrating"
+
+
+def _layer(source: Source, index: int, dtype: str) -> LayerWeights:
+    """A layer of the source in 16 bits."""
+    config, form = source.config, Plain(dtype)
+    linears = {}
+    for name, (out_features, in_features) in config.linears().items():
+        raw = read_tensor(source, f"layers.{index}.{name}.weight", dtype)
+        linears[name] = LinearWeights(form, out_features, in_features, {"weight": raw})
+    norms = {norm: read_tensor(source, f"layers.{index}.{norm}.weight", dtype) for norm in NORMS}
+    return LayerWeights(index, linears, norms)
+
+
+def _write_layer(
+    layer: LayerWeights,
+    jobs: Sequence[Job],
+    writers: Mapping[str, TensorWriter],
+    calibration: Calibration,
+    *,
+    is_finished: bool,
+) -> None:
+    """Writes a layer in all variants, the calibrated ones by what they do to the texts."""
+    full = calibration.full_precision(layer)
+    for job in jobs:
+        if job.file not in writers:
+            continue
+        writer, prefix = writers[job.file], f"layers.{layer.index}."
+        if job.is_calibrated and is_finished:
+            calibration.replay(job.name, _stored_layer(layer, job, writer))
+        elif job.is_calibrated:
+            formats = {name: job.formats[prefix + name] for name in layer.linears}
+            for name, raw in calibration.quantize(job.name, full, formats).items():
+                writer.write(prefix + name, raw)
+        elif not is_finished:
+            for norm, raw in layer.norms.items():
+                writer.write(f"{prefix}{norm}.weight", raw)
+            for name, linear in layer.linears.items():
+                module = prefix + name
+                _write_linear(writer, module, linear.tensors["weight"], job.formats[module])
+
+
+def _stored_layer(layer: LayerWeights, job: Job, writer: TensorWriter) -> LayerWeights:
+    """A layer as a variant's file has it already."""
+    prefix = f"layers.{layer.index}."
+    linears = {}
+    for name, linear in layer.linears.items():
+        form, shape = job.formats[prefix + name], (linear.out_features, linear.in_features)
+        tensors = {suffix: writer.read(f"{prefix}{name}.{suffix}") for suffix in form.specs(*shape)}
+        linears[name] = LinearWeights(form, *shape, tensors)
+    norms = {norm: writer.read(f"{prefix}{norm}.weight") for norm in layer.norms}
+    return LayerWeights(layer.index, linears, norms)
+
+
+def _write_tensor(
+    name: str, raw: RawTensor, jobs: Sequence[Job], writers: Mapping[str, TensorWriter]
+) -> None:
+    """Writes a tensor in all variants, by itself alone."""
+    module = name.removesuffix(".weight")
+    for job in jobs:
+        if job.file not in writers:
+            continue
+        if module in job.formats:
+            _write_linear(writers[job.file], module, raw, job.formats[module])
+        else:
+            writers[job.file].write(name, raw)
+
+
 def _write_linear(writer: TensorWriter, module: str, raw: RawTensor, form: Format) -> None:
     if isinstance(form, Plain):
         writer.write(f"{module}.weight", raw)
@@ -97,11 +178,14 @@ def _write_linear(writer: TensorWriter, module: str, raw: RawTensor, form: Forma
         writer.write(f"{module}.{suffix}", tensor)
 
 
-def _sixteen_bits(raw: RawTensor, dtype: str, name: str) -> RawTensor:
-    """The tensor in the variant's 16-bit dtype; float32 is rounded once, to float16."""
+def read_tensor(source: Source, name: str, dtype: str) -> RawTensor:
+    """A tensor in the variant's 16-bit dtype; float32 is rounded once, to float16."""
+    raw = source.tensor(name)
     weight = to_torch(raw, "cpu")
     if raw.dtype != dtype:
         weight = weight.half()
     if not bool(torch.isfinite(weight).all()):
-        raise BundleError(f"a weight must be finite and fit {DTYPE_NAMES[dtype]} ({name})")
+        module = name.removesuffix(".weight")
+        place = module if module in module_shapes(source.config) else name
+        raise BundleError(f"a weight must be finite and fit {DTYPE_NAMES[dtype]} ({place})")
     return raw if raw.dtype == dtype else RawTensor("F16", weight.numpy())

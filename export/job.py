@@ -34,6 +34,11 @@ class Job:
     layout: Layout | None  # None where the source's own files are linked
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether texts decide its codes, and not the weights alone."""
+        return str(self.recipe.get("calibration", "none")) != "none"
+
+    @property
     def file(self) -> str:
         """The file that is written by its layout, as a path in the workspace."""
         return f"{self.name}/{SINGLE_FILE}"

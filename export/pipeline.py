@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from export import licences
+from export.calibration import Calibration
 from export.graph import write_graphs
-from export.groups import write_groups
+from export.groups import read_tensor, write_groups
 from export.identity import SourceIdentity, changed
 from export.job import Job, kept_files, work_digest
 from export.journal import Finished
@@ -23,6 +24,7 @@ from export.linking import link_or_copy, links
 from export.sources import Source
 from export.special_tokens import disagreement
 from export.workspace import Workspace
+from lowmem import data
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import ModelConfig, config_json
 from lowmem.artifact.contract import Contract
@@ -32,8 +34,10 @@ from lowmem.artifact.stock_files import check as check_stock_files
 from lowmem.artifact.stock_files import render as render_stock_files
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE
 from lowmem.artifact.variants import DTYPE_NAMES, formats_for, recipe_for
-from lowmem.artifact.weights import Checkpoint, latent_shapes
+from lowmem.artifact.weights import EMBEDDING, Checkpoint, latent_shapes
+from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
+from lowmem.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ def export(
     *,
     model: str | None = None,
     variants: Sequence[str],
+    calibration: Sequence[Row] = (),
     onnx: bool = True,
     copy: bool = False,
     force: bool = False,
@@ -64,6 +69,7 @@ def export(
         contract: The input contract; its length limit is cut to the model's own.
         model: Short name of the known model that it is, for the manifest.
         variants: Names of the variants.
+        calibration: Texts that steer the quantizers; without any the weights alone do.
         onnx: Whether to write ONNX graphs.
         copy: Whether to write the bytes of ``fp16`` again instead of linking the source's files.
         force: Whether to replace variants that were made otherwise.
@@ -104,14 +110,16 @@ def export(
         if not variants:
             raise InputError("variants must name at least one variant")
         jobs = []
+        steered_by = data.sha256(calibration) if calibration else None
         for name in dict.fromkeys(variants):
             formats = formats_for(name, config, dtype)
+            recipe = recipe_for(name, dtype, steered_by)
             if old is not None and name in old.variants and not force:
-                _check_existing(bundle, old, name, dtype, onnx)
+                _check_existing(bundle, old, name, recipe, onnx)
                 continue
             linked = name == "fp16" and source.shards is not None
             layout = None if linked else lay_out(config, dtype, formats)
-            jobs.append(Job(name, recipe_for(name, dtype), formats, layout))
+            jobs.append(Job(name, recipe, formats, layout))
         if not jobs and old is not None:
             workspace.clear()
             return old
@@ -136,7 +144,9 @@ def export(
                 _write_small_files(workspace.partial / job.name, job.formats, config, dtype, stock)
                 if job.layout is None:
                     _link_shards(source, job, workspace, finished, copy)
-            write_groups(source, identity, dtype, jobs, workspace, finished, progress)
+            steered = _calibration(source, config, contract, dtype, jobs, calibration, workspace)
+            write_groups(source, identity, dtype, jobs, workspace, finished, progress, steered)
+            del steered
             written = {}
             for done, job in enumerate(jobs):
                 progress("graphs, checks and hashes", done, len(jobs))
@@ -168,14 +178,38 @@ def _source_stanza(source: Source, model: str | None, identity: SourceIdentity) 
     }
 
 
-def _check_existing(bundle: Path, old: Manifest, name: str, dtype: str, onnx: bool) -> None:
+def _check_existing(
+    bundle: Path, old: Manifest, name: str, recipe: Mapping[str, Any], onnx: bool
+) -> None:
     there = old.variants[name]
-    made_alike = there.recipe == recipe_for(name, dtype)
+    made_alike = there.recipe == recipe
     if not made_alike or (onnx and not there.graphs and name in ("fp16", "int8", "int4")):
         raise InputError(
             f"{bundle} already has a variant {name} that was made otherwise: --force replaces it"
         )
     Bundle(bundle).check(name)
+
+
+def _calibration(
+    source: Source,
+    config: ModelConfig,
+    contract: Contract,
+    dtype: str,
+    jobs: Sequence[Job],
+    rows: Sequence[Row],
+    workspace: Workspace,
+) -> Calibration | None:
+    """The calibration texts in front of the first layer, if a job needs them."""
+    calibrated = [job.name for job in jobs if job.is_calibrated]
+    if not calibrated:
+        return None
+    tokenizer = Tokenizer(
+        workspace.partial / calibrated[0] / "tokenizer.json", contract, config.vocab_size
+    )
+    prompts = [contract.prompt(row.input_type, row.task) for row in rows]
+    texts = tokenizer.encode([row.text for row in rows], prompts, truncate=True)
+    embedding = read_tensor(source, EMBEDDING, dtype)
+    return Calibration(texts, config, contract, embedding, calibrated, workspace.partial)
 
 
 def _needed_bytes(jobs: Sequence[Job], source: Source, bundle: Path, copy: bool) -> int:

@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from export.layout import Layout
-from lowmem.artifact.tensors import RawTensor, TensorSpec
+from lowmem.artifact.tensors import RawTensor, StoredTensor, TensorSpec
 from lowmem.errors import BundleError, CapacityError
 
 _BLOCK_BYTES = 2**20
@@ -70,6 +70,16 @@ class TensorWriter:
             self._raise(error)
         self._unsynced[name] = zlib.crc32(data)
         self._missing.discard(name)
+
+    def read(self, name: str) -> RawTensor:
+        """A tensor that has been written.
+
+        Raises:
+            BundleError: The file has become shorter.
+        """
+        spec = self._layout.specs[name]
+        stored = StoredTensor(spec.dtype, spec.shape, self._path, self._layout.offsets[name])
+        return stored.read()
 
     def sync(self) -> dict[str, int]:
         """Brings what has been written to the disk.

@@ -50,11 +50,24 @@ def formats_for(variant: str, config: ModelConfig, dtype: str) -> dict[str, Form
     return dict.fromkeys(module_shapes(config), forms[variant])
 
 
-def recipe_for(variant: str, dtype: str) -> dict[str, Any]:
-    """How a variant is made, as the manifest states it; equal recipes give equal bytes."""
-    recipe: dict[str, Any] = {"method": "data-free", "calibration": "none", "dtype": dtype}
+def recipe_for(variant: str, dtype: str, calibration: str | None = None) -> dict[str, Any]:
+    """How a variant is made, as the manifest states it; equal recipes give equal bytes.
+
+    Args:
+        variant: A name in ``VARIANTS``.
+        dtype: F16 or BF16: dtype of the unquantized weights.
+        calibration: Hash of the texts that steer the quantizers, or None where the weights alone
+            do.
+    """
     if variant == "fp16":
         return {"method": "none", "dtype": dtype}
+    if calibration is not None:
+        recipe: dict[str, Any] = {"method": "gptq", "targets": "full precision"}
+        recipe |= {"calibration": calibration, "dtype": dtype}
+        if variant == "int8":
+            recipe["folds"] = "smoothing"
+    else:
+        recipe = {"method": "data-free", "calibration": "none", "dtype": dtype}
     if variant == "int4":
         recipe |= {"bits": 4, "group_size": 64, "scales": "squared error"}
     return recipe

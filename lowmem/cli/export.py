@@ -12,14 +12,18 @@ from typing import Annotated
 
 import typer
 
-from lowmem import hub
+from lowmem import data, hub
 from lowmem.artifact.contract import Contract, read_contract
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.models import known_models
 from lowmem.artifact.variants import VARIANTS, check_variants
 from lowmem.cli.options import size_text
+from lowmem.data import Row
 from lowmem.errors import InputError, missing_extra
 from lowmem.progress import bar
+from lowmem.text.files import read_rows
+
+BUILT_IN = "built-in"
 
 
 def export(
@@ -35,8 +39,12 @@ def export(
         str, typer.Option(help="Names with commas between, of those in the default.")
     ] = ",".join(VARIANTS),
     calibration: Annotated[
-        str, typer.Option(help="none: weights alone decide the codes.")
-    ] = "none",
+        str,
+        typer.Option(
+            metavar="FILE|none",
+            help="Your own texts to steer the quantizers by; none: the weights alone do.",
+        ),
+    ] = BUILT_IN,
     contract: Annotated[
         str | None,
         typer.Option(
@@ -61,8 +69,7 @@ def export(
     """Write a bundle from a checkpoint, or add variants to one."""
     if find_spec("onnx_ir") is None and onnx:
         raise missing_extra("onnx_ir", "export", "writing ONNX graphs")
-    if calibration != "none":
-        raise InputError(f"calibration must be none in this version, got {calibration!r}")
+    rows = _calibration_rows(calibration)
     if reference_texts not in ("auto", "probe", "quick", "none"):
         raise InputError(
             f"reference-texts must be auto, probe, quick or none, got {reference_texts!r}"
@@ -83,6 +90,7 @@ def export(
         settled,
         model=model,
         variants=names,
+        calibration=rows,
         onnx=onnx,
         copy=copy,
         force=force,
@@ -97,6 +105,17 @@ def export(
             f"{name:<9} {variant.bits_per_weight['linears']:6.3f} bits/weight  "
             f"{size_text(variant.stored_bytes)}"
         )
+
+
+def _calibration_rows(calibration: str) -> Sequence[Row]:
+    if calibration == "none":
+        return ()
+    if calibration == BUILT_IN:
+        return data.load("calibration")
+    rows = read_rows(Path(calibration))
+    if not rows:
+        raise InputError(f"{calibration} holds no text")
+    return rows
 
 
 def _known_models(source: str) -> Sequence[str]:
@@ -164,7 +183,7 @@ def _show(what: str, done: int, total: int) -> None:
 
 def _write_reference(bundle: Bundle, texts: str) -> None:
     """Makes the reference vectors, unless the bundle has those that are wanted."""
-    from lowmem import data, hardware
+    from lowmem import hardware
     from lowmem.artifact.weights import Checkpoint
     from lowmem.errors import BundleError
     from lowmem.fidelity import reference

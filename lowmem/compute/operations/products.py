@@ -34,12 +34,20 @@ def onednn(states: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
+def reproducible_product(states: Tensor, weight: Tensor) -> Tensor:
+    """states @ weightᵀ in float32, by a library that no timing chooses."""
+    return (onednn if _has_onednn() else F.linear)(states, weight)
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @cache
 def _fastest_float32(threads: int) -> Product:
     """Tries each library for some tens of milliseconds; ``threads`` are those of torch."""
-    if not (
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    if not _has_onednn():
         return F.linear
     states = torch.ones(_TOKENS, _FEATURES)
     weight = torch.ones(_FEATURES, _FEATURES)

@@ -1,0 +1,251 @@
+"""Calibration: texts go through the full-precision model and each variant side by side.
+
+Each stage of a layer sees the inputs that the stages before it, as stored, give it, rounded where
+8-bit compute will round them, and is fitted to what the full-precision model has at that place
+(``quantizers/gptq.py``). So what is lost in one place is made up for in the next.
+
+Memory holds the second moments of one stage and its weights; hidden states lie in scratch files.
+No random numbers are drawn, and products come from one library whatever is fastest here: the same
+inputs, threads and kind of processor give the same bytes. Layers that a killed export has finished
+are gone through as they were stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.folds import BEFORE_ATTENTION, BEFORE_MLP, Folds, fold
+from export.hidden_states import ATTENTION, MLP, OUTPUT, HiddenStates, Inputs, Stage, Texts
+from export.quantizers.gptq import Moments, quantize_outputs
+from export.quantizers.grids import grid_of, pack
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.contract import Contract
+from lowmem.artifact.formats import Format, Int8Channel
+from lowmem.artifact.tensors import RawTensor
+from lowmem.artifact.weights import LayerWeights, LinearWeights
+from lowmem.compute.operations.dequantize import dequantize_into
+from lowmem.compute.operations.linear import Linear, to_torch
+from lowmem.errors import BundleError
+from lowmem.text.batching import EncodedText
+
+_SMALLEST_SQUARE = 1e-12
+
+Tensors = dict[str, RawTensor]
+Formats = Mapping[str, Format]
+"""Linear within a layer, ``self_attn.q_proj``, to format."""
+
+
+class Calibration:
+    """The calibration texts in front of a layer, in full precision and in each variant."""
+
+    def __init__(
+        self,
+        texts: Sequence[EncodedText],
+        config: ModelConfig,
+        contract: Contract,
+        embedding: RawTensor,
+        variants: Sequence[str],
+        directory: Path,
+    ) -> None:
+        """Looks up the embeddings.
+
+        Args:
+            texts: The texts, tokenized.
+            config: The model's shape.
+            contract: Whether attention is causal.
+            embedding: The token embeddings.
+            variants: Names of those to be calibrated.
+            directory: Where scratch files may lie, without a name.
+
+        Raises:
+            CapacityError: The disk is full.
+        """
+        self._texts = Texts(texts, config, contract, directory)
+        self._full = HiddenStates(self._texts, embedding)
+        self._before = self._texts.scratch(config.hidden_size)
+        self._middle = self._texts.scratch(config.hidden_size)
+        self._variants = {name: HiddenStates(self._texts, embedding) for name in variants}
+
+    def states(self, variant: str | None = None) -> Tensor:
+        """Hidden states before the next layer, ``[tokens, hidden_size]``, longest texts first.
+
+        Args:
+            variant: A variant's, or None for those in full precision.
+        """
+        return (self._full if variant is None else self._variants[variant]).hidden
+
+    @torch.inference_mode()
+    def full_precision(self, layer: LayerWeights) -> FullLayer:
+        """Takes the full-precision model through the next layer.
+
+        Args:
+            layer: Its weights as the source has them, in 16 bits.
+        """
+        full = self._full
+        self._before.copy_(full.hidden)
+        largest: dict[Stage, Tensor] = {}
+        result = FullLayer(layer, largest)
+
+        def weigh(stage: Stage, inputs: Inputs) -> Tensor:
+            if stage == MLP:
+                self._middle.copy_(full.hidden)
+            largest[stage] = torch.stack([rows.abs().amax(0) for _, rows in inputs()]).amax(0)
+            return torch.cat([result.weight(name) for name in stage])
+
+        full.advance((result.norms[BEFORE_ATTENTION], result.norms[BEFORE_MLP]), weigh)
+        return result
+
+    @torch.inference_mode()
+    def quantize(self, name: str, layer: FullLayer, formats: Formats) -> Tensors:
+        """Takes a variant through the next layer, and quantizes the layer on the way.
+
+        Args:
+            name: The variant.
+            layer: The layer in full precision.
+            formats: Format of each of its linears.
+
+        Returns:
+            Tensor name within the layer to tensor: norms and what the formats store.
+
+        Raises:
+            BundleError: A scale does not fit its format.
+        """
+        states, config = self._variants[name], self._texts.config
+        rounded = _rounded(formats)
+        folded = layer.folded(config) if rounded else layer
+        norms = folded.norms
+        tensors = {f"{norm}.weight": raw for norm, raw in folded.stored_norms.items()}
+
+        def wanted(stage: Stage) -> Iterator[Tensor]:
+            """The full-precision model's inputs of a stage that reads a norm, else its sums."""
+            if stage == ATTENTION:
+                yield from self._texts.normed(self._before, norms[BEFORE_ATTENTION])
+            elif stage == MLP:
+                yield from self._texts.normed(self._middle, norms[BEFORE_MLP])
+            else:
+                sums = self._middle if stage == OUTPUT else self._full.hidden
+                for rows in self._texts.rows:
+                    yield sums[rows] - states.hidden[rows]
+
+        def weigh(stage: Stage, inputs: Inputs) -> Tensor:
+            weight = torch.cat([folded.weight(linear) for linear in stage])
+            seen, crossed = _moments(inputs, wanted(stage), self._token_weights())
+            moments = Moments(seen, weight @ crossed if stage in (ATTENTION, MLP) else crossed)
+            form = formats[stage[0]]
+            assert all(formats[linear] == form for linear in stage), stage
+            try:
+                values, scales = quantize_outputs(weight, moments, grid_of(form, len(seen)))
+            except BundleError as error:
+                raise BundleError(f"{error} ({stage[0]})") from None
+            stored = {}
+            begin = 0
+            for linear in stage:
+                out_features, in_features = config.linears()[linear]
+                rows = slice(begin, begin := begin + out_features)
+                parts = pack(form, values[rows], scales[rows])
+                stored[linear] = LinearWeights(form, out_features, in_features, parts)
+                tensors.update({f"{linear}.{suffix}": raw for suffix, raw in parts.items()})
+            return _stacked(stored, stage)
+
+        states.advance((norms[BEFORE_ATTENTION], norms[BEFORE_MLP]), weigh, rounded)
+        return tensors
+
+    def _token_weights(self) -> Iterator[Tensor]:
+        """What each token's squared error counts, ``[rows, 1]``: it is taken relative to the token.
+
+        The first token's states are hundreds of times as long as those of others; counted by
+        their absolute error it would be all that a layer is fitted to.
+        """
+        for rows in self._texts.rows:
+            squares = self._full.hidden[rows].square().mean(dim=-1, keepdim=True)
+            yield squares.clamp_min_(_SMALLEST_SQUARE).reciprocal_()
+
+    @torch.inference_mode()
+    def replay(self, name: str, layer: LayerWeights) -> None:
+        """Takes a variant through a layer that has been quantized already.
+
+        Args:
+            name: The variant.
+            layer: The layer as it is stored.
+        """
+        norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
+        rounded = _rounded({name: linear.format for name, linear in layer.linears.items()})
+        self._variants[name].advance(
+            (norms[BEFORE_ATTENTION], norms[BEFORE_MLP]),
+            lambda stage, inputs: _stacked(layer.linears, stage),
+            rounded,
+        )
+
+
+class FullLayer:
+    """A layer in full precision, and how large the inputs of its linears become.
+
+    Attributes:
+        norms: Weight of each norm, float32.
+        stored_norms: The same as they are stored.
+    """
+
+    def __init__(self, layer: LayerWeights, largest: Mapping[Stage, Tensor]) -> None:
+        """Takes the source's weights, and the absolute maximum of each stage's inputs."""
+        self.stored_norms: Mapping[str, RawTensor] = layer.norms
+        self.norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
+        self._layer = layer
+        self._largest = largest
+        self._folds: Folds | None = None
+
+    def weight(self, linear: str) -> Tensor:
+        """A linear's weight, float32 ``(out_features, in_features)``."""
+        weight = to_torch(self._layer.linears[linear].tensors["weight"]).float()
+        return weight if self._folds is None else self._folds.apply(linear, weight)
+
+    def folded(self, config: ModelConfig) -> FullLayer:
+        """The same layer with inputs of large range made smaller, and their weights larger."""
+        columns = {
+            stage: torch.stack([self.weight(linear).abs().amax(0) for linear in stage]).amax(0)
+            for stage in self._largest
+        }
+        stored, folds = fold(self._layer.norms, self._largest, columns, config)
+        layer = LayerWeights(self._layer.index, self._layer.linears, stored)
+        folded = FullLayer(layer, self._largest)
+        folded._folds = folds
+        return folded
+
+
+def _rounded(formats: Formats) -> frozenset[str]:
+    """The linears whose inputs 8-bit compute rounds."""
+    return frozenset(
+        linear
+        for linear, form in formats.items()
+        if isinstance(form, Int8Channel) and form.rounds_activations
+    )
+
+
+def _moments(
+    inputs: Inputs, wanted: Iterator[Tensor], weights: Iterator[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums over all tokens: x xᵀ of the inputs, and t xᵀ with what is wanted."""
+    seen = crossed = None
+    for (_, states), targets, weight in zip(inputs(), wanted, weights, strict=True):
+        if seen is None or crossed is None:
+            seen = states.new_zeros(states.shape[1], states.shape[1])
+            crossed = states.new_zeros(targets.shape[1], states.shape[1])
+        weighted = states * weight
+        seen.addmm_(weighted.T, states)
+        crossed.addmm_(targets.T, weighted)
+    assert seen is not None, "no texts"
+    assert crossed is not None
+    return seen, crossed
+
+
+def _stacked(linears: Mapping[str, LinearWeights], stage: Stage) -> Tensor:
+    """The weights of a stage as engines see them, float32, one above the other."""
+    loaded = [Linear.load(linears[name], to_torch) for name in stage]
+    rows = [linear.out_features for linear in loaded]
+    stacked = torch.empty(sum(rows), loaded[0].in_features)
+    for part, linear in zip(stacked.split(rows), loaded, strict=True):
+        dequantize_into(part, linear)
+    return stacked

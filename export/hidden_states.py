@@ -1,0 +1,183 @@
+"""Hidden states of all calibration texts, and their way through a layer whose weights come late.
+
+A layer is four stages of linears that share their inputs. Before a stage computes, whoever advances
+the states is shown its inputs and gives its weights: as they are in the source, as they are stored,
+or as they have just been quantized to suit those inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from export.scratch import mapped
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.contract import Contract
+from lowmem.artifact.tensors import RawTensor
+from lowmem.compute.attention import Spans, attend
+from lowmem.compute.decoder import Rotation, rms_norm
+from lowmem.compute.operations.plain import round_rows
+from lowmem.compute.operations.products import reproducible_product
+from lowmem.text.batching import EncodedText, pack
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUTPUT = ("self_attn.o_proj",)
+MLP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = ("mlp.down_proj",)
+STAGES = (ATTENTION, OUTPUT, MLP, DOWN)
+"""Linears that share their inputs, in the order in which a layer computes them."""
+
+Stage = tuple[str, ...]
+Inputs = Callable[[], Iterator[tuple[slice, Tensor]]]
+"""Gives rows among all tokens, and what a stage multiplies there, ``[rows, in_features]``."""
+Weigh = Callable[[Stage, Inputs], Tensor]
+"""Gives the weights of a stage, stacked, float32 ``[sum of out_features, in_features]``."""
+
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Texts that are computed together; ``rows`` are their tokens among all."""
+
+    rows: slice
+    rotation: Rotation
+    spans: Spans
+
+
+class Texts:
+    """The calibration texts, and scratch that all paths through a layer share.
+
+    Attributes:
+        tokens: How many tokens the texts have.
+        config: The model's shape.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[EncodedText],
+        config: ModelConfig,
+        contract: Contract,
+        directory: Path,
+    ) -> None:
+        """Packs the texts; scratch files lie in the directory, without a name.
+
+        Raises:
+            CapacityError: The disk is full.
+        """
+        self.config = config
+        self.tokens = 0
+        self._directory = directory
+        self._ids = []
+        self.batches = []
+        for batch in pack(texts, _BATCH_TOKENS, pooling=contract.pooling):
+            positions = torch.from_numpy(batch.position_ids)
+            lengths = np.diff(batch.cu_seqlens).tolist()
+            self.batches.append(
+                _Batch(
+                    slice(self.tokens, self.tokens + batch.tokens),
+                    Rotation.at(positions, config.rope_theta, config.head_dim),
+                    Spans.of(lengths, 0, contract.is_causal, "cpu"),
+                )
+            )
+            self._ids.append(batch.input_ids)
+            self.tokens += batch.tokens
+        self.mixed = self.scratch(config.num_attention_heads * config.head_dim)
+        self.gated = self.scratch(config.intermediate_size)
+
+    def scratch(self, features: int) -> Tensor:
+        """Zeros on the disk, float32 ``[tokens, features]``."""
+        return mapped(self._directory, (self.tokens, features))
+
+    @property
+    def rows(self) -> list[slice]:
+        """Where each batch lies among all tokens."""
+        return [batch.rows for batch in self.batches]
+
+    def normed(self, hidden: Tensor, norm: Tensor) -> Iterator[Tensor]:
+        """RMSNorm of states ``[tokens, hidden_size]``, batch by batch."""
+        for rows in self.rows:
+            yield rms_norm(hidden[rows], norm, self.config.rms_norm_eps)
+
+    def embedded(self, embedding: RawTensor) -> Tensor:
+        """The hidden states before the first layer, float32 ``[tokens, hidden_size]``."""
+        hidden = self.scratch(self.config.hidden_size)
+        for batch, ids in zip(self.batches, self._ids, strict=True):
+            rows = RawTensor(embedding.dtype, embedding.array[ids]).float32()
+            hidden[batch.rows] = torch.from_numpy(rows)
+        return hidden
+
+
+class HiddenStates:
+    """One model's hidden states of the texts, between layers.
+
+    Attributes:
+        hidden: float32 ``[tokens, hidden_size]``.
+    """
+
+    def __init__(self, texts: Texts, embedding: RawTensor) -> None:
+        """Starts before the first layer."""
+        self.hidden = texts.embedded(embedding)
+        self._texts = texts
+
+    def advance(
+        self, norms: tuple[Tensor, Tensor], weigh: Weigh, rounded: frozenset[str] = frozenset()
+    ) -> None:
+        """Takes the states through a layer.
+
+        Args:
+            norms: Weights of the norms before attention and before the MLP, float32.
+            weigh: Asked for the weights of each stage in turn. While it looks at the inputs of
+                ``o_proj`` and ``down_proj``, ``hidden`` is what their outputs will be added to.
+            rounded: Linears whose inputs are rounded to 8 bits per token.
+        """
+        texts, head_dim = self._texts, self._texts.config.head_dim
+        before_attention, before_mlp = norms
+
+        def inputs(stage: Stage, states: Inputs) -> Inputs:
+            if not rounded.issuperset(stage):
+                return states
+            return lambda: ((rows, _rounded(one)) for rows, one in states())
+
+        def normed(norm: Tensor) -> Inputs:
+            return lambda: zip(texts.rows, texts.normed(self.hidden, norm), strict=True)
+
+        states_of = inputs(ATTENTION, normed(before_attention))
+        weight = weigh(ATTENTION, states_of)
+        sizes = [texts.config.linears()[name][0] for name in ATTENTION]
+        for batch, (rows, states) in zip(texts.batches, states_of(), strict=True):
+            query, key, value = (
+                part.unflatten(-1, (-1, head_dim))
+                for part in reproducible_product(states, weight).split(sizes, dim=-1)
+            )
+            query, key = batch.rotation.apply(query), batch.rotation.apply(key)
+            texts.mixed[rows] = attend(query, key, value.contiguous(), batch.spans)
+        self._add(OUTPUT, weigh, inputs(OUTPUT, lambda: self._rows(texts.mixed)))
+
+        states_of = inputs(MLP, normed(before_mlp))
+        weight = weigh(MLP, states_of)
+        for rows, states in states_of():
+            gate, up = reproducible_product(states, weight).chunk(2, dim=-1)
+            texts.gated[rows] = F.silu(gate).mul_(up)
+        del weight
+        self._add(DOWN, weigh, inputs(DOWN, lambda: self._rows(texts.gated)))
+
+    def _add(self, stage: Stage, weigh: Weigh, inputs: Inputs) -> None:
+        weight = weigh(stage, inputs)
+        for rows, states in inputs():
+            self.hidden[rows] += reproducible_product(states, weight)
+
+    def _rows(self, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for rows in self._texts.rows:
+            yield rows, states[rows]
+
+
+def _rounded(states: Tensor) -> Tensor:
+    codes, scales = round_rows(states)
+    return codes.mul_(scales)

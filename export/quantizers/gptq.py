@@ -1,0 +1,133 @@
+"""Codes that keep a linear's outputs, not its weights: least squares, then GPTQ.
+
+Two closed forms over the second moments of what goes into a linear. First the weight itself moves
+to where its outputs are nearest to those wanted, which are the full-precision model's: so each
+linear also takes back, as far as its inputs tell, what was lost before it. The idea of unequal
+inputs is GPTAQ's (https://arxiv.org/abs/2504.02692); here the wanted outputs of ``o_proj`` and
+``down_proj`` take in the error of the residual stream as well. Then GPTQ
+(https://arxiv.org/abs/2210.17323) rounds one input at a time, the weightiest first, and lets the
+inputs that are still to come make up for it. Groups and their scales are fixed before that, so
+that the order shows nowhere in the format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from export.quantizers.grids import Grid
+
+RIDGE = 0.05
+"""Part of each input's own second moment that is added to it: how little the weight may move."""
+_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the calibration tokens; x are a linear's inputs, t its wanted outputs.
+
+    Attributes:
+        inputs: x xᵀ, float32 ``[in_features, in_features]``.
+        targets: t xᵀ, float32 ``[out_features, in_features]``.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+def quantize_outputs(weight: Tensor, moments: Moments, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Quantizes linears that share their inputs, for the sake of their outputs.
+
+    Args:
+        weight: Their weights, stacked, float32 ``[out_features, in_features]``.
+        moments: Their inputs and wanted outputs; ``targets`` is overwritten.
+        grid: The values of their format.
+
+    Returns:
+        The value of each weight, float32 ``[out_features, in_features]``, and the scales as they
+        are stored, float32 ``[out_features, groups]``.
+
+    Raises:
+        BundleError: A scale does not fit the format.
+    """
+    inverse = ridge_inverse(moments.inputs)
+    moved = least_squares(weight, moments, inverse)
+    return round_weight(moved, moments.inputs.diagonal(), inverse, grid)
+
+
+def least_squares(weight: Tensor, moments: Moments, inverse: Tensor) -> Tensor:
+    """The weight moved to where its outputs are nearest to the wanted ones.
+
+    Ridge regression around the weight: weight + (t xᵀ - weight x xᵀ) (x xᵀ + ridge)⁻¹.
+
+    Args:
+        weight: float32 ``[out_features, in_features]``.
+        moments: Its inputs and wanted outputs; ``targets`` is overwritten.
+        inverse: (x xᵀ + ridge)⁻¹, ``[in_features, in_features]``.
+    """
+    missing = moments.targets.addmm_(weight, moments.inputs, alpha=-1)
+    return torch.addmm(weight, missing, inverse)
+
+
+def ridge_inverse(inputs: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The inverse of second moments with ``ridge`` times their diagonal added to it.
+
+    Inputs that never differ from zero count as if they sometimes did. Where small eigenvalues
+    drown in rounding, the ridge is made larger.
+
+    Args:
+        inputs: x xᵀ, ``[in_features, in_features]``; left as it is.
+        ridge: Relative to each input's own moment, so that no input of large range drowns others.
+    """
+    moments = inputs.diagonal()
+    floor = moments.median().clamp_min(torch.finfo(inputs.dtype).tiny) * 1e-3
+    while True:
+        regular = inputs.clone()
+        regular.diagonal().add_(moments.clamp_min(floor), alpha=ridge)
+        factor, failed = torch.linalg.cholesky_ex(regular)
+        del regular
+        if not int(failed):
+            return torch.cholesky_inverse(factor)
+        ridge *= 2
+
+
+def round_weight(
+    weight: Tensor, importance: Tensor, inverse: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """GPTQ with the order of activations and static groups.
+
+    Args:
+        weight: float32 ``[out_features, in_features]``.
+        importance: Each input's second moment, ``[in_features]``.
+        inverse: Of the inputs' second moments, ``[in_features, in_features]``.
+        grid: The format's values.
+
+    Returns:
+        The value of each weight, float32 ``[out_features, in_features]``, and the scales as they
+        are stored, float32 ``[out_features, groups]``.
+
+    Raises:
+        BundleError: A scale does not fit the format.
+    """
+    scales = grid.scales(weight, importance)
+    order = importance.argsort(descending=True, stable=True)
+    factor = torch.linalg.cholesky(inverse[order[:, None], order], upper=True)
+    groups = order // grid.group_size
+    weight = weight[:, order]
+    features = weight.shape[1]
+    for begin in range(0, features, _BLOCK):
+        end = min(begin + _BLOCK, features)
+        block = weight[:, begin:end]
+        corner = factor[begin:end, begin:end]
+        errors = torch.empty_like(block)
+        for column in range(end - begin):
+            scale = scales[:, groups[begin + column]]
+            value = grid.nearest(block[:, column] / scale)
+            error = (block[:, column] - value * scale) / corner[column, column]
+            block[:, column] = value
+            errors[:, column] = error
+            block[:, column + 1 :].addr_(error, corner[column, column + 1 :], alpha=-1)
+        weight[:, end:].addmm_(errors, factor[begin:end, end:], alpha=-1)
+    return weight[:, order.argsort()], scales

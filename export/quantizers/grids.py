@@ -1,0 +1,140 @@
+"""What the weights of a group may become in each format: a scale times one of a few values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped
+from lowmem.artifact.formats import bnb_nf4 as nf4_layout
+from lowmem.artifact.formats import int_grouped as grouped_layout
+from lowmem.artifact.tensors import RawTensor
+from lowmem.errors import BundleError
+
+# Groups of few values gain from a scale that clips their largest; rows of 255 values do not.
+_CLIPPING = tuple(float(factor) for factor in np.linspace(1.0, 0.5, 16))
+_BLOCK_ELEMENTS = 2**20
+# What a group of zeros gets: a scale that is not zero, in any arithmetic.
+_SMALLEST_SCALES = {
+    torch.float16: float(np.finfo(np.float16).smallest_subnormal),
+    torch.float32: float(np.finfo(np.float32).smallest_normal),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values of one format.
+
+    Attributes:
+        group_size: Weights of a row that share a scale.
+        largest: The value that stands for a group's largest weight where nothing is clipped.
+        nearest: Weights in units of their scale to the nearest values.
+        factors: What the scale at which nothing is clipped may be multiplied by.
+        scale_dtype: What scales are stored in.
+    """
+
+    group_size: int
+    largest: float
+    nearest: Callable[[Tensor], Tensor]
+    factors: tuple[float, ...]
+    scale_dtype: torch.dtype
+
+    def scales(self, weight: Tensor, importance: Tensor) -> Tensor:
+        """The scale of each group that loses least.
+
+        Args:
+            weight: float32 ``[out_features, in_features]``.
+            importance: Weight of each input's squared error, ``[in_features]``.
+
+        Returns:
+            Positive scales as they are stored, float32 ``[out_features, groups]``.
+
+        Raises:
+            BundleError: A scale does not fit the dtype that it is stored in.
+        """
+        rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
+        return torch.cat([self._scales(block, importance) for block in weight.split(rows)])
+
+    def _scales(self, weight: Tensor, importance: Tensor) -> Tensor:
+        groups = weight.unflatten(1, (-1, self.group_size))
+        importance = importance.unflatten(0, (-1, self.group_size))
+        largest = groups.abs().amax(-1, keepdim=True) / self.largest
+        if bool((largest > torch.finfo(self.scale_dtype).max).any()):
+            raise BundleError(f"a group's scale must fit {self.scale_dtype}")
+        smallest = _SMALLEST_SCALES[self.scale_dtype]
+        best = torch.ones_like(largest)
+        least = torch.full_like(largest, torch.inf)
+        for factor in self.factors:
+            scales = (largest * factor).to(self.scale_dtype).float().clamp_min_(smallest)
+            lost = (self.nearest(groups / scales) * scales).sub_(groups).square_()
+            error = lost.mul_(importance).sum(-1, keepdim=True)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, scales, best)
+        return best[..., 0]
+
+
+def grid_of(form: Format, in_features: int) -> Grid:
+    """The values of a quantized format."""
+    if isinstance(form, IntGrouped):
+        lowest, highest = -(1 << (form.bits - 1)), (1 << (form.bits - 1)) - 1
+        return Grid(
+            form.group_size, highest, _whole_numbers(lowest, highest), _CLIPPING, torch.float16
+        )
+    if isinstance(form, BnbNf4):
+        return Grid(form.group_size, 1.0, _normal_floats, _CLIPPING, torch.float32)
+    assert isinstance(form, Int8Channel | BnbInt8), form
+    return Grid(in_features, 127, _whole_numbers(-127, 127), (1.0,), torch.float32)
+
+
+def pack(form: Format, values: Tensor, scales: Tensor) -> dict[str, RawTensor]:
+    """Tensors of a format, by suffix, without its constants.
+
+    Args:
+        form: The format.
+        values: The value of each weight, ``[out_features, in_features]``.
+        scales: float32 ``[out_features, groups]``.
+    """
+    if isinstance(form, IntGrouped):
+        return {
+            "weight_packed": RawTensor("I32", grouped_layout.pack(_int8(values), form.bits)),
+            "weight_scale": RawTensor("F16", scales.half().numpy()),
+        }
+    if isinstance(form, Int8Channel):
+        return {
+            "weight": RawTensor("I8", _int8(values)),
+            "weight_scale": RawTensor("F32", scales.numpy()),
+        }
+    if isinstance(form, BnbInt8):
+        return {
+            "weight": RawTensor("I8", _int8(values)),
+            "SCB": RawTensor("F32", (scales[:, 0] * 127).numpy()),
+        }
+    assert isinstance(form, BnbNf4), form
+    codes = torch.bucketize(values, _code_book_edges()).to(torch.uint8)
+    return {
+        "weight": RawTensor("U8", nf4_layout.pack(codes.numpy())),
+        "weight.absmax": RawTensor("F32", scales.flatten().numpy()),
+    }
+
+
+def _whole_numbers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:
+    return lambda values: values.round().clamp_(lowest, highest)
+
+
+def _normal_floats(values: Tensor) -> Tensor:
+    book = torch.from_numpy(nf4_layout.CODE_BOOK)
+    return book[torch.bucketize(values, _code_book_edges())]
+
+
+def _code_book_edges() -> Tensor:
+    book = torch.from_numpy(nf4_layout.CODE_BOOK)
+    return (book[1:] + book[:-1]) / 2
+
+
+def _int8(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int8]]:
+    return values.to(torch.int8).numpy()
