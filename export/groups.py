@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-import torch
-
 from export.identity import SourceIdentity
 from export.job import Job, by_file
 from export.journal import Finished
-from export.quantizers.data_free import quantize
+from export.quantizers.data_free import is_finite, quantize
 from export.sources import Source
 from export.workspace import Workspace
 from export.writer import TensorWriter
@@ -102,6 +100,6 @@ def _sixteen_bits(raw: RawTensor, dtype: str, name: str) -> RawTensor:
     weight = to_torch(raw, "cpu")
     if raw.dtype != dtype:
         weight = weight.half()
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise BundleError(f"a weight must be finite and fit {DTYPE_NAMES[dtype]} ({name})")
     return raw if raw.dtype == dtype else RawTensor("F16", weight.numpy())
