@@ -1,6 +1,5 @@
 """The window of a streamed plan, from the speed of copies and of arithmetic."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +9,16 @@ from lowmem import cache
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.variants import formats_for
+from lowmem.artifact.verdict import FLOORS
 from lowmem.compute.plan import Plan
 from lowmem.hardware import Gpu, Hardware
 from lowmem.measure import Record
 from lowmem.planner import memory, timing, window
-from lowmem.planner.candidates import Subject
+from lowmem.planner.candidates import Subject, Wishes
 from lowmem.planner.cards import describe
+from lowmem.planner.choice import foresee
 from lowmem.planner.timing import time_plans
+from tests.disk import cached_file, read_bytes
 
 GIB = 2**30
 SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
@@ -74,10 +76,6 @@ def test_the_memory_of_the_window_is_in_the_prediction():
 
 
 def test_a_described_card_gets_a_window_for_its_link():
-    from lowmem.artifact.verdict import FLOORS
-    from lowmem.planner.candidates import Wishes
-    from lowmem.planner.choice import foresee
-
     def window_at(copy_bandwidth):
         machine = describe("RTX 4060 8GB", HOST)
         gpu = replace(machine.gpus[0], copy_bandwidth=copy_bandwidth)
@@ -93,19 +91,10 @@ def test_a_described_card_gets_a_window_for_its_link():
 
 
 def test_the_disk_is_read_and_not_the_page_cache(tmp_path: Path):
-    file = tmp_path / "weights"
-    file.write_bytes(os.urandom(2**23))
-    os.sync()
-    file.read_bytes()
+    file = cached_file(tmp_path, 2**23)
     before = read_bytes()
     assert window.read_bandwidth(file) > 0
     assert read_bytes() - before >= 2**23
-
-
-def read_bytes() -> int:
-    """Bytes that this process has read from disks."""
-    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(counts["read_bytes"])
 
 
 def test_timing_sizes_a_streamed_plan_without_what_it_waited_and_remembers_both(
