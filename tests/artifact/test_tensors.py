@@ -295,16 +295,17 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_dropped_bytes_are_read_from_the_disk_again_and_no_others(tmp_path: Path) -> None:
-    size, page = 2**22, mmap.PAGESIZE
+    size = 2**22
     file = cached_file(tmp_path, 2 * size)
     dropped = StoredTensor("U8", (size,), file, 100)
-    kept = StoredTensor("U8", (size - page,), file, 100 + size + page)
+    kept = StoredTensor("U8", (size // 4,), file, size + size // 2)
     dropped.drop_cached()
     before = read_bytes()
     kept.read()
     assert read_bytes() == before
     dropped.read()
-    assert size - 2 * page <= read_bytes() - before <= size + 2 * page
+    # The system keeps and reads pages in groups, of which those at the ends may stay.
+    assert size / 2 < read_bytes() - before < 1.5 * size
 
 
 def test_a_file_that_has_vanished_cannot_be_dropped(tmp_path: Path) -> None:
