@@ -8,10 +8,13 @@ HAS_CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 EXTRA := $(if $(HAS_CUDA),cuda,cpu)
 READY := $(VENV)/ready
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo bench-7b test test-all check format clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py build/demo
+
+bench-7b: $(READY)
+	$(BIN)/python benchmarks/seven_billion.py
 
 test: check
 	$(BIN)/python -m pytest

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,29 +17,44 @@ import time
 from pathlib import Path
 
 from random_checkpoint import SHAPES, write_checkpoint
+from record import RESULTS, head
 
 from lowmem import hardware
 from lowmem.artifact.manifest import Bundle
-from lowmem.measure import MemoryPeak, package_versions
+from lowmem.measure import MemoryPeak
 from lowmem.planner.candidates import Subject, Wishes, candidates
 
 TEXTS = ["The reef lies off the coast.", "Yeast ferments sugar. " * 170] * 4
 
 
-def peak_of(*arguments: object) -> dict[str, float | int]:
-    """Runs ``lowmem`` and returns seconds and peak bytes.
+def peak_of(*arguments: object, output: Path = Path(os.devnull)) -> dict[str, float | int]:
+    """Runs ``lowmem`` and returns its seconds, peak bytes, and bytes read from disks.
+
+    Args:
+        arguments: The command line.
+        output: Where its standard output goes.
 
     Raises:
         subprocess.CalledProcessError: It failed.
     """
     command = [sys.executable, "-m", "lowmem", *map(str, arguments)]
-    start = time.monotonic()
-    process = subprocess.Popen(command)
+    start, read_before = time.monotonic(), read_bytes_of_children()
+    with output.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file)
     with MemoryPeak(process.pid) as peak:
         status = process.wait()
     if status:
         raise subprocess.CalledProcessError(status, command)
-    return {"seconds": round(time.monotonic() - start, 1), "peak_host_bytes": peak.bytes}
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_host_bytes": peak.bytes,
+        "read_bytes": read_bytes_of_children() - read_before,
+    }
+
+
+def read_bytes_of_children() -> int:
+    """Bytes that all children that have ended, and theirs, have read from disks."""
+    return 512 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_inblock
 
 
 def export_peak(directory: Path) -> dict[str, float | int]:
@@ -71,20 +88,12 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     directory: Path = parser.parse_args().directory
     directory.mkdir(parents=True, exist_ok=True)
-    root = Path(__file__).parent.parent
-    machine = hardware.probe()
     record = {
-        "name": "memory-2b",
-        "command": "python benchmarks/memory.py DIR",
-        "commit": subprocess.check_output(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], text=True
-        ).strip(),
-        "machine": {"cpu_name": machine.cpu_name, "cpu_threads": machine.cpu_threads},
-        "versions": package_versions(),
+        **head("memory-2b", "python benchmarks/memory.py DIR"),
         "export": export_peak(directory),
         "embed": embed_peaks(directory / "bundle", directory, variant="int4", device="cpu"),
     }
-    path = root / "benchmarks" / "results" / "memory-2b.json"
+    path = RESULTS / "memory-2b.json"
     path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     sys.stdout.write(path.read_text())
 

@@ -20,6 +20,7 @@ from lowmem.artifact.tensors import INDEX_FILE, TensorSpec, header_bytes
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM
 
 SHAPES = {
+    "tiny": ModelConfig("mistral", 384, 128, 192, 3, 6, 2, 32, 1e-5, 1e4, 32768, 4096),
     "2b": ModelConfig("mistral", 32000, 2048, 7168, 36, 16, 4, 128, 1e-5, 1e4, 32768, 4096),
     "7b": ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096),
 }

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
-import torch
-
 from export.calibration import Calibration
 from export.identity import SourceIdentity
 from export.job import Job, by_file
 from export.journal import Finished
-from export.quantizers.data_free import quantize
+from export.quantizers.data_free import is_finite, quantize
 from export.sources import Source
 from export.workspace import Workspace
 from export.writer import TensorWriter
@@ -184,7 +182,7 @@ def read_tensor(source: Source, name: str, dtype: str) -> RawTensor:
     weight = to_torch(raw, "cpu")
     if raw.dtype != dtype:
         weight = weight.half()
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         module = name.removesuffix(".weight")
         place = module if module in module_shapes(source.config) else name
         raise BundleError(f"a weight must be finite and fit {DTYPE_NAMES[dtype]} ({place})")

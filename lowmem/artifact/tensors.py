@@ -142,6 +142,18 @@ class StoredTensor:
         except OSError as error:
             raise BundleError(f"{self.path} cannot be read: {error}") from error
 
+    def drop_cached(self) -> None:
+        """Lets the tensor's bytes go from the page cache; those of others on its first page stay.
+
+        Raises:
+            BundleError: The file has vanished.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be read: {error}") from error
+
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Reads and checks the header of one safetensors file.

@@ -100,6 +100,11 @@ def table(choice: Choice) -> str:
     lines += [_row(plan, choice) for plan in running]
     if any(plan.estimated_tokens_per_second for plan in running):
         lines.append("  ~ is an estimate from the card's rates: nothing was measured")
+    lines += [
+        _wrapped(f"{plan.id}: windows of {plan.window_tokens} tokens; {plan.reason}")
+        for plan in running
+        if plan.schedule == "streamed" and plan.reason
+    ]
     dropped = [plan for plan in choice.plans if plan.dropped is not None]
     if dropped:
         lines += ["", "dropped"]

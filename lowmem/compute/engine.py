@@ -27,6 +27,10 @@ _SHORTEST_PREFIX = 8
 class Engine(Protocol):
     """What runs a plan."""
 
+    @property
+    def waited_seconds(self) -> float:
+        """How long arithmetic has stood still because weights were not there yet."""
+
     def embed(self, batches: Sequence[PackedBatch]) -> list[Vectors]:
         """Pooled vectors of each batch, float32 ``[texts, hidden_size]``."""
 
@@ -123,6 +127,11 @@ class Runner:
         return unit_length(vectors) if normalize and not self.normalizes else vectors
 
     @property
+    def waited_seconds(self) -> float:
+        """How long arithmetic has stood still because weights were not there yet."""
+        return self._engine.waited_seconds
+
+    @property
     def peak_device_bytes(self) -> int:
         """Most CUDA memory that torch has held; 0 on a CPU, and where onnxruntime keeps it."""
         if self.plan.device != "cuda" or self.plan.engine != "torch":
@@ -177,6 +186,7 @@ def _open_engine(bundle: Bundle, checkpoint: Checkpoint, plan: Plan) -> Engine:
             compute=plan.compute,
             schedule=plan.schedule,
             kept_layers=plan.kept_layers,
+            drops_cache=plan.drops_cache,
             threads=plan.threads,
         )
     from lowmem.compute.onnx_engine import OnnxEngine

@@ -51,7 +51,10 @@ class OnnxEngine:
 
     Attributes:
         hidden_size: Length of a vector.
+        waited_seconds: 0: weights are always there.
     """
+
+    waited_seconds = 0.0
 
     def __init__(
         self, directory: Path, graph: str, contract: Contract, device: str, threads: int

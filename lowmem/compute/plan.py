@@ -27,6 +27,7 @@ class Plan:
         batch_tokens: Most tokens of a batch.
         window_tokens: Most tokens that go through a layer before the next is brought in.
         kept_layers: Layers of a streamed plan that stay on the device all the same.
+        drops_cache: Whether what a streamed plan reads is let go from the page cache at once.
         host_bytes: Predicted peak of anonymous and shared memory of the process.
         device_bytes: Predicted peak of device memory, 0 on a CPU.
         tokens_per_second: Measured on this machine, or None.
@@ -45,6 +46,7 @@ class Plan:
     batch_tokens: int = 4096
     window_tokens: int = 4096
     kept_layers: int = 0
+    drops_cache: bool = False
     host_bytes: int = 0
     device_bytes: int = 0
     tokens_per_second: float | None = None
@@ -85,6 +87,7 @@ class Plan:
             "batch_tokens": self.batch_tokens,
             "window_tokens": self.window_tokens,
             "kept_layers": self.kept_layers,
+            "drops_cache": self.drops_cache,
             "state": "candidate" if self.dropped is None else "dropped",
             "reason": self.dropped or self.reason,
             "predicted": {"host_bytes": self.host_bytes, "device_bytes": self.device_bytes},

@@ -3,11 +3,13 @@
 Two buffers take turns: one holds the layer at work, and a thread fills the other from disk. With a
 CUDA device each has a pinned twin on the host, and a stream of its own copies, so that disk, bus
 and arithmetic are busy at once. Layers that are kept stand evenly between those that are read, so
-that their arithmetic hides reading, too.
+that their arithmetic hides reading, too. Where the layers that are read would not stay in the page
+cache until their next turn, they are let go from it at once, and what is kept stays instead.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,16 +30,28 @@ class LayerStream:
     """All layers of a variant, in order, as often as it is iterated over.
 
     A layer is whole until the next one is asked for; then its memory may be another's.
+
+    Attributes:
+        waited_seconds: How long layers were not there yet when they were asked for, in all.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str, kept_layers: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str,
+        kept_layers: int = 0,
+        *,
+        drops_cache: bool = False,
+    ) -> None:
         """Allocates the buffers and loads the layers that are kept.
 
         Args:
             checkpoint: The variant's directory, opened.
             device: ``cpu`` or ``cuda``.
             kept_layers: How many layers stay; on a CPU they are mapped.
+            drops_cache: Whether what was read is let go from the page cache.
         """
+        self.waited_seconds = 0.0
         layers = checkpoint.config.num_hidden_layers
         self._kept = {
             index: load_layer(checkpoint.layer(index), lambda raw: to_torch(raw, device))
@@ -47,7 +61,7 @@ class LayerStream:
         self._layers = layers
         size = _buffer_bytes(checkpoint)
         slot = _CudaSlot if device == "cuda" else _Slot
-        self._slots = [slot(checkpoint, size) for _ in self._streamed[:2]]
+        self._slots = [slot(checkpoint, size, drops_cache) for _ in self._streamed[:2]]
 
     def __iter__(self) -> Generator[DecoderLayer]:
         """Yields the layers; closing the iterator waits for the read under way."""
@@ -68,7 +82,9 @@ class LayerStream:
                     yield self._kept[index]
                     continue
                 slot, coming_layer = filling.popleft()
+                start = time.perf_counter()
                 layer = coming_layer.result()
+                self.waited_seconds += time.perf_counter() - start
                 slot.begin()
                 try:
                     yield layer
@@ -89,8 +105,9 @@ def kept_indices(layers: int, kept: int) -> list[int]:
 class _Slot:
     """Memory for one layer on a CPU."""
 
-    def __init__(self, checkpoint: Checkpoint, size: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, size: int, drops_cache: bool) -> None:
         self._checkpoint = checkpoint
+        self._drops_cache = drops_cache
         self._bytes = self._allocate(size)
         self._end = 0
 
@@ -113,6 +130,8 @@ class _Slot:
         self._end += _aligned(stored.nbytes)
         data = self._bytes[begin : begin + stored.nbytes].numpy()
         stored.read_into(data)
+        if self._drops_cache:
+            stored.drop_cached()
         return RawTensor(stored.dtype, data.view(DTYPES[stored.dtype]).reshape(stored.shape))
 
     def _place(self, raw: RawTensor) -> Tensor:
@@ -122,8 +141,8 @@ class _Slot:
 class _CudaSlot(_Slot):
     """Memory for one layer on a CUDA device, and for its bytes on the host."""
 
-    def __init__(self, checkpoint: Checkpoint, size: int) -> None:
-        super().__init__(checkpoint, size)
+    def __init__(self, checkpoint: Checkpoint, size: int, drops_cache: bool) -> None:
+        super().__init__(checkpoint, size, drops_cache)
         self._device_bytes = torch.empty(size, dtype=torch.uint8, device="cuda")
         self._stream = torch.cuda.Stream()
         self._copied = torch.cuda.Event()

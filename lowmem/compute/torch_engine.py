@@ -44,6 +44,7 @@ class TorchEngine:
         compute: str = "fp32",
         schedule: str = "resident",
         kept_layers: int = 0,
+        drops_cache: bool = False,
         threads: int | None = None,
     ) -> None:
         """Brings the weights to where the schedule wants them.
@@ -56,6 +57,7 @@ class TorchEngine:
             schedule: ``resident`` keeps the weights on the device (on a CPU: mapped);
                 ``streamed`` reads layers from disk while others compute.
             kept_layers: How many layers a streamed plan keeps all the same.
+            drops_cache: Whether what is streamed is let go from the page cache behind it.
             threads: CPU threads of this process's torch, or None to leave them.
 
         Raises:
@@ -84,7 +86,7 @@ class TorchEngine:
             kept_layers = checkpoint.config.num_hidden_layers
         try:
             self._ends = _load_ends(checkpoint, device)
-            self._layers = LayerStream(checkpoint, device, kept_layers)
+            self._layers = LayerStream(checkpoint, device, kept_layers, drops_cache=drops_cache)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -92,6 +94,11 @@ class TorchEngine:
                 f"the weights of {checkpoint.directory.name} do not fit the {device} device: "
                 "choose a smaller variant, or --schedule streamed"
             ) from error
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long arithmetic has stood still because a layer was not there yet, in all passes."""
+        return self._layers.waited_seconds
 
     def embed(
         self, batches: Sequence[PackedBatch], on_layer: Observer | None = None

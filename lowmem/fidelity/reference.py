@@ -59,6 +59,20 @@ class Reference:
         return data.sha256(self.rows)
 
 
+def plan(threads: int) -> Plan:
+    """What the reference is: the 16-bit weights in float32, each layer read when it is reached."""
+    return Plan(
+        "fp16",
+        "torch",
+        "cpu",
+        "fp32",
+        "streamed",
+        threads=threads,
+        batch_tokens=BATCH_TOKENS,
+        window_tokens=_WINDOW_TOKENS,
+    )
+
+
 def compute(
     bundle: Bundle,
     name: str,
@@ -78,17 +92,7 @@ def compute(
     Raises:
         InputError: The bundle has no ``fp16``.
     """
-    plan = Plan(
-        "fp16",
-        "torch",
-        "cpu",
-        "fp32",
-        "streamed",
-        threads=threads,
-        batch_tokens=BATCH_TOKENS,
-        window_tokens=_WINDOW_TOKENS,
-    )
-    runner = Runner(bundle, plan)
+    runner = Runner(bundle, plan(threads))
     prompts = [runner.contract.prompt(row.input_type, row.task) for row in rows]
     encoded = runner.tokenizer.encode([row.text for row in rows], prompts, truncate=True)
     vectors = runner.embed(

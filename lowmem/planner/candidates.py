@@ -204,16 +204,23 @@ def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
 
 
 def _keeping_layers(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
-    """The same streamed plan with as many layers kept as the free memory holds."""
+    """The same streamed plan with as many layers kept as the free memory holds.
+
+    On a CPU they are mapped, and stay in the page cache because the others leave it.
+    """
     config, formats = subject.config, subject.formats[plan.variant]
     on_gpu = plan.device == "cuda"
     free = hardware.gpus[0].free_bytes if on_gpu else hardware.host_free_bytes
     free -= plan.device_bytes if on_gpu else plan.host_bytes
     layer = memory.stored_bytes(config, formats) // config.num_hidden_layers
     kept = min(int(_KEPT_SHARE * free) // layer, config.num_hidden_layers - 1)
-    plan = plan.with_(kept_layers=max(0, kept))
+    kept = max(0, kept)
+    plan = plan.with_(kept_layers=kept)
     host, device = memory.predict(plan, config, subject.dtype, formats)
-    return plan.with_(host_bytes=host, device_bytes=device)
+    # Of layers that would not all stay in the page cache until their next turn, none would.
+    cache = hardware.host_free_bytes - host - (0 if on_gpu else kept * layer)
+    drops_cache = (config.num_hidden_layers - kept) * layer > cache
+    return plan.with_(host_bytes=host, device_bytes=device, drops_cache=drops_cache)
 
 
 def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:

@@ -12,7 +12,7 @@ from lowmem.artifact.verdict import Floor
 from lowmem.compute.plan import Plan
 from lowmem.errors import CapacityError
 from lowmem.hardware import Hardware
-from lowmem.planner import estimate
+from lowmem.planner import estimate, window
 from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates
 from lowmem.planner.timing import time_plans
 
@@ -81,12 +81,13 @@ def choose(
         for plan in candidates(subject, machine, wishes)
     ]
     if time_all:
-        plans = time_plans(plans, bundle, subject.config, machine, on_plan)
+        plans = time_plans(plans, bundle, subject, machine, on_plan)
     remaining = list(plans)
     while True:
         tier, kind = _best_tier(remaining, wishes)
-        if len(tier) > 1:
-            timed = time_plans(tier, bundle, subject.config, machine, on_plan)
+        # A streamed plan is timed even if it is alone, since its window follows from that.
+        if len(tier) > 1 or any(plan.schedule == "streamed" for plan in tier):
+            timed = time_plans(tier, bundle, subject, machine, on_plan)
             known = {plan.id: plan for plan in timed}
             plans = [known.get(plan.id, plan) for plan in plans]
             tier = [plan for plan in timed if plan.dropped is None]
@@ -125,6 +126,7 @@ def foresee(
         fidelity = fidelity_of(plan, bundle, floor) if bundle else plan.fidelity
         speed = None
         if plan.device == "cuda" and plan.dropped is None:
+            plan = _with_window(plan, subject, machine)
             formats = subject.formats[plan.variant]
             speed = estimate.tokens_per_second(plan, subject.config, formats, machine.gpus[0])
         plans.append(plan.with_(fidelity=fidelity, estimated_tokens_per_second=speed))
@@ -145,6 +147,18 @@ def foresee(
     if fastest.speed > chosen.speed:
         reason += f"; {fastest.id}, {_speed_text(fastest)}, would be chosen if its report passed"
     return Choice(machine, _ordered(plans), chosen, f"{untimed}; {reason}", warning)
+
+
+def _with_window(plan: Plan, subject: Subject, machine: Hardware) -> Plan:
+    """A streamed plan with the window that the rates of a described card call for."""
+    gpu, formats = machine.gpus[0], subject.formats[plan.variant]
+    resident = plan.with_(schedule="resident", window_tokens=plan.batch_tokens)
+    speed = estimate.tokens_per_second(resident, subject.config, formats, gpu)
+    if plan.schedule == "resident" or speed is None or gpu.copy_bandwidth is None:
+        return plan
+    return window.sized(
+        plan, subject, machine, copy_bandwidth=gpu.copy_bandwidth, tokens_per_second=speed
+    )
 
 
 def fidelity_of(plan: Plan, bundle: Bundle, floor: Floor) -> str:

@@ -106,7 +106,8 @@ def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
     attention = 4 * hidden + width * (4 * query + 3 * key)
     # The residual stream, its norm as inputs, and the gate; what meets it goes in two chunks.
     mlp = 4 * hidden + width * (hidden + config.intermediate_size)
-    return plan.batch_tokens * max(attention, mlp) + 2 * CHUNK_BYTES
+    chunk = min(CHUNK_BYTES, 4 * config.intermediate_size * plan.batch_tokens)
+    return plan.batch_tokens * max(attention, mlp) + 2 * chunk
 
 
 def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lowmem import cache, hardware
 from lowmem.artifact import strict_json
@@ -19,6 +19,8 @@ from lowmem.data import Row, load
 from lowmem.errors import LowmemError
 from lowmem.hardware import Hardware
 from lowmem.measure import measure, package_versions
+from lowmem.planner import window
+from lowmem.planner.candidates import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -32,33 +34,34 @@ _TIMEOUT_SECONDS = 600
 def time_plans(
     plans: Sequence[Plan],
     bundle: Bundle,
-    config: ModelConfig,
+    subject: Subject,
     machine: Hardware,
     on_plan: Callable[[Plan], None] = lambda plan: None,
 ) -> list[Plan]:
     """Fills in ``tokens_per_second`` of every candidate, from the cache or by a short prefill.
 
+    Streamed plans on a CPU also get the window that hides reading behind the arithmetic.
+
     Args:
         plans: Plans; dropped ones are left as they are.
         bundle: The bundle.
-        config: The model's shape, from which the length of the prefill follows.
+        subject: What is planned for; from its shape follows the length of the prefill.
         machine: Where this is.
         on_plan: Told each plan before it is timed.
 
     Returns:
         The plans in the same order; one that fails to run is dropped with the error as reason.
     """
-    rows = workload(config)
-    name = f"timings-{hardware.fingerprint(machine)}"
-    timings = cache.read_json(name) or {}
+    rows, layers = workload(subject.config), subject.config.num_hidden_layers
+    timings = _Timings(f"timings-{hardware.fingerprint(machine)}")
     timed = []
     for plan in plans:
         if plan.dropped is not None or plan.tokens_per_second is not None:
             timed.append(plan)
             continue
-        key = _key(plan, bundle, rows, config.num_hidden_layers)
-        speed = timings.get(key)
-        if not isinstance(speed, float) or speed <= 0:
+        key = _key(plan, bundle, rows, layers)
+        speed, computing = timings.get(key), timings.get(f"{key}-computing")
+        if speed is None or computing is None:
             on_plan(plan)
             try:
                 record = measure(bundle.path, plan, rows, timeout_seconds=_TIMEOUT_SECONDS)
@@ -66,9 +69,17 @@ def time_plans(
                 logger.warning("%s cannot run: %s", plan.id, error)
                 timed.append(plan.with_(dropped=str(error)))
                 continue
-            speed = record.tokens_per_second
-            timings = {**(cache.read_json(name) or {}), key: speed}
-            cache.write_json(name, timings)
+            speed, computing = record.tokens_per_second, record.computing_tokens_per_second
+            timings.add({key: speed, f"{key}-computing": computing})
+        if plan.schedule == "streamed" and plan.device == "cpu":
+            bandwidth = _read_bandwidth(plan, bundle, timings)
+            plan = window.sized(
+                plan,
+                subject,
+                machine,
+                copy_bandwidth=bandwidth,
+                tokens_per_second=computing,
+            )
         timed.append(plan.with_(tokens_per_second=speed))
     return timed
 
@@ -83,6 +94,33 @@ def workload(config: ModelConfig) -> list[Row]:
         if row.kind == "mid" and sum(len(other.text) for other in rows) < wanted:
             rows.append(row)
     return rows
+
+
+class _Timings:
+    """What was measured on this machine, by keys; all of it positive."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._known = cache.read_json(name) or {}
+
+    def get(self, key: str) -> float | None:
+        value = self._known.get(key)
+        return value if isinstance(value, float) and value > 0 else None
+
+    def add(self, measured: Mapping[str, float]) -> None:
+        """Adds to what others may have added meanwhile."""
+        self._known = {**(cache.read_json(self._name) or {}), **measured}
+        cache.write_json(self._name, self._known)
+
+
+def _read_bandwidth(plan: Plan, bundle: Bundle, timings: _Timings) -> float:
+    key = f"read-{bundle.manifest.artifact_sha256(plan.variant)}"
+    known = timings.get(key)
+    if known is None:
+        files = bundle.directory(plan.variant).glob("*.safetensors")
+        known = window.read_bandwidth(max(files, key=lambda file: file.stat().st_size))
+        timings.add({key: known})
+    return known
 
 
 def _key(plan: Plan, bundle: Bundle, rows: Sequence[Row], layers: int) -> str:

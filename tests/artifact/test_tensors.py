@@ -27,6 +27,7 @@ from lowmem.artifact.tensors import (
     some_names,
 )
 from lowmem.errors import BundleError
+from tests.disk import cached_file, read_bytes
 
 ONE = {"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}
 
@@ -291,6 +292,25 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / SINGLE_FILE).mkdir()
     with pytest.raises(BundleError, match=r"model\.safetensors cannot be read: Is a directory"):
         read_directory(tmp_path)
+
+
+def test_dropped_bytes_are_read_from_the_disk_again_and_no_others(tmp_path: Path) -> None:
+    size = 2**22
+    file = cached_file(tmp_path, 2 * size)
+    dropped = StoredTensor("U8", (size,), file, 100)
+    kept = StoredTensor("U8", (size // 4,), file, size + size // 2)
+    dropped.drop_cached()
+    before = read_bytes()
+    kept.read()
+    assert read_bytes() == before
+    dropped.read()
+    # The system keeps and reads pages in groups, of which those at the ends may stay.
+    assert size / 2 < read_bytes() - before < 1.5 * size
+
+
+def test_a_file_that_has_vanished_cannot_be_dropped(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="gone cannot be read"):
+        StoredTensor("U8", (1,), tmp_path / "gone", 0).drop_cached()
 
 
 def test_few_names_stand_for_many() -> None:

@@ -67,6 +67,42 @@ def test_the_next_layer_is_read_while_one_is_at_work(
     layers.close()
 
 
+def test_what_was_read_is_dropped_from_the_page_cache_only_where_it_would_not_stay(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(bundle.directory("int4"))
+    dropped: list[StoredTensor] = []
+    monkeypatch.setattr(StoredTensor, "drop_cached", lambda stored: dropped.append(stored))
+    list(LayerStream(checkpoint, "cpu", kept_layers=1))
+    assert not dropped
+    list(LayerStream(checkpoint, "cpu", kept_layers=1, drops_cache=True))
+    (kept,) = kept_indices(checkpoint.config.num_hidden_layers, 1)
+    assert {stored.offset for stored in dropped} == {
+        stored.offset
+        for name, stored in checkpoint.tensors.items()
+        if name.startswith("layers.") and not name.startswith(f"layers.{kept}.")
+    }
+
+
+def test_waiting_for_a_slow_disk_is_counted(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(bundle.directory("fp16"))
+    resident = LayerStream(checkpoint, "cpu", checkpoint.config.num_hidden_layers)
+    list(resident)
+    assert resident.waited_seconds == 0
+    plain = StoredTensor.read_into
+
+    def slow(stored: StoredTensor, data: NDArray[np.uint8]) -> None:
+        time.sleep(0.005)
+        plain(stored, data)
+
+    monkeypatch.setattr(StoredTensor, "read_into", slow)
+    stream = LayerStream(checkpoint, "cpu")
+    list(stream)
+    assert stream.waited_seconds >= 0.005 * (7 + 2)
+
+
 def test_two_buffers_serve_all_layers(bundle: Bundle) -> None:
     stream = LayerStream(Checkpoint(bundle.directory("int4")), "cpu")
     places = [layer.input_norm.untyped_storage().data_ptr() for _ in (0, 1) for layer in stream]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.quantizers import data_free
-from export.quantizers.data_free import quantize
+from export.quantizers.data_free import is_finite, quantize
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped, int_grouped
 from lowmem.artifact.formats import bnb_nf4 as nf4_layout
 from lowmem.artifact.tensors import RawTensor
@@ -133,6 +133,15 @@ def test_an_int4_group_with_a_negative_extreme_uses_the_lowest_code() -> None:
     values, codes, scales = group_parts(weight, IntGrouped(bits=4, group_size=8))
     assert codes.tolist() == [[-8, 7, 1, 2, 3, -4, 5, 0]]
     assert ((codes * scales - values) ** 2).sum() < 0.01
+
+
+def test_an_nf4_weight_in_the_middle_of_two_values_takes_the_lower() -> None:
+    book = nf4_layout.CODE_BOOK
+    weight = torch.ones(1, 64)
+    weight[0, :15] = torch.from_numpy((book[1:] + book[:-1]) / 2)
+    codes = nf4_layout.unpack(data_free.bnb_nf4(weight, 64)["weight"].array)
+    assert codes[:15].tolist() == list(range(15))
+    assert set(codes[15:].tolist()) == {15}
 
 
 def test_nf4_blocks_are_as_computed_by_hand() -> None:
@@ -276,6 +285,17 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_module(form: Format, va
         with pytest.raises(BundleError) as caught:
             quantize(weight, form, PLACE)
         assert str(caught.value) == f"a weight must be finite, got NaN or infinity ({PLACE})"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_found_at_any_place(dtype: torch.dtype, value: float) -> None:
+    weight = torch.linspace(-3, 3, 7 * 13, dtype=dtype).reshape(7, 13)
+    assert is_finite(weight)
+    for place in range(weight.numel()):
+        broken = weight.clone()
+        broken.view(-1)[place] = value
+        assert not is_finite(broken)
 
 
 def test_groups_that_do_not_fill_a_row_are_refused_with_the_module() -> None:

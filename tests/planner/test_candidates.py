@@ -82,6 +82,16 @@ def test_a_streamed_plan_keeps_the_layers_that_fit():
         assert plan.device_bytes <= card.free_bytes
 
 
+def test_layers_leave_the_page_cache_only_where_they_would_not_all_stay_in_it():
+    streamed = "fp16-torch-cpu-fp32-streamed"
+    assert plans(TINY)[streamed].drops_cache
+    assert not plans(MODERN, schedule="streamed")[streamed].drops_cache
+    on_gpu = "fp16-torch-cuda-fp16-streamed"
+    small_card = replace(RTX_3060, free_bytes=6 * GIB)
+    assert plans(replace(TINY, gpus=(small_card,)))[on_gpu].drops_cache
+    assert not plans(replace(MODERN, gpus=(small_card,)))[on_gpu].drops_cache
+
+
 def test_a_turing_card_has_no_bf16():
     turing = Gpu("RTX 2080 Ti", 11 * GIB, 10 * GIB, (7, 5))
     found = plans(replace(MODERN, gpus=(turing,)))

@@ -9,7 +9,7 @@ from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.variants import VARIANTS, formats_for
 from lowmem.artifact.verdict import FLOORS
 from lowmem.hardware import Gpu, Hardware
-from lowmem.planner import choice
+from lowmem.planner import choice, window
 from lowmem.planner.candidates import Subject, Wishes
 from lowmem.planner.cards import DEVICE_RESERVE_BYTES, cards, describe
 from lowmem.planner.choice import foresee
@@ -95,6 +95,8 @@ def test_every_card_of_the_table_runs_the_model(card):
 
 
 def test_more_memory_never_drops_a_plan_nor_slows_the_choice():
+    # With fewer layers to stream a window may be a batch shorter, and waits for one layer still.
+    first_layer = 1 / (window.MARGIN * SEVEN_B.num_hidden_layers)
     before, speed = set(), 0.0
     for gib in (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32):
         machine = describe("RTX 4090", HOST)
@@ -104,7 +106,7 @@ def test_more_memory_never_drops_a_plan_nor_slows_the_choice():
         now = {plan.report_id for plan in found.plans if plan.dropped is None}
         assert now >= before
         assert found.chosen is not None
-        assert found.chosen.speed >= speed
+        assert found.chosen.speed >= (1 - first_layer) * speed
         before, speed = now, found.chosen.speed
 
 

@@ -1,0 +1,90 @@
+"""Streaming from disk against holding the weights: ``python benchmarks/streaming.py DIR``.
+
+At two billion parameters, on a CPU. DIR is that of ``memory.py``, or becomes it. The streamed plan
+keeps no layer and finds none in the page cache: it drops each behind itself, and what the process
+read from disks is in the record ``benchmarks/results/streaming-2b.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from memory import export_peak, read_bytes_of_children
+from record import RESULTS, head
+from seven_billion import texts
+
+from lowmem import hardware
+from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.weights import Checkpoint
+from lowmem.compute.plan import Plan
+from lowmem.measure import measure
+
+BATCH_TOKENS = 4096
+PASSES = 2
+
+
+def compare(bundle: Path) -> dict[str, Any]:
+    """Both schedules of ``fp16`` in the fastest arithmetic that is native here, in one batch."""
+    machine = hardware.probe()
+    compute = "bf16" if machine.has_native_bf16 else "fp32"
+    plan = Plan(
+        "fp16",
+        "torch",
+        "cpu",
+        compute,
+        "resident",
+        threads=machine.cpu_threads,
+        batch_tokens=BATCH_TOKENS,
+        window_tokens=2 * BATCH_TOKENS,  # the texts make a full batch and a small one
+    )
+    resident = _speeds(bundle, plan)
+    streamed = _speeds(bundle, plan.with_(schedule="streamed", drops_cache=True))
+    checkpoint = Checkpoint(Bundle(bundle).directory("fp16"))
+    return {
+        "resident": resident,
+        "streamed": streamed,
+        "streamed_bytes": checkpoint.linear_bytes(),
+        "ratio": min(resident["seconds"]) / min(streamed["seconds"]),
+    }
+
+
+def _speeds(bundle: Path, plan: Plan) -> dict[str, Any]:
+    directory = Bundle(bundle).directory(plan.variant)
+    if plan.schedule == "streamed":
+        os.sync()
+        for stored in Checkpoint(directory).tensors.values():
+            stored.drop_cached()
+    before = read_bytes_of_children()
+    record = measure(bundle, plan, texts(), repeats=PASSES, warm_up=False)
+    return {
+        "plan": plan.id,
+        "window_tokens": plan.window_tokens,
+        "tokens": record.tokens,
+        "seconds": record.seconds,
+        "waited_seconds": record.waited_seconds,
+        "read_bytes": read_bytes_of_children() - before,
+        "peak_host_bytes": record.peak_host_bytes,
+    }
+
+
+def main() -> None:
+    """Measures, and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    directory: Path = parser.parse_args().directory
+    about = head("streaming-2b", "python benchmarks/streaming.py DIR")
+    if not (directory / "bundle").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        export_peak(directory)
+    path = RESULTS / "streaming-2b.json"
+    record = {**about, **compare(directory / "bundle")}
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    main()
