@@ -33,6 +33,7 @@ from lowmem.errors import BundleError
 from lowmem.text.batching import EncodedText
 
 _SMALLEST_SQUARE = 1e-12
+_SAMPLE_TOKENS = 4096
 
 Tensors = dict[str, RawTensor]
 Formats = Mapping[str, Format]
@@ -79,25 +80,52 @@ class Calibration:
         return (self._full if variant is None else self._variants[variant]).hidden
 
     @torch.inference_mode()
-    def full_precision(self, layer: LayerWeights) -> FullLayer:
+    def full_precision(self, layer: LayerWeights, *, with_folds: bool) -> FullLayer:
         """Takes the full-precision model through the next layer.
 
         Args:
             layer: Its weights as the source has them, in 16 bits.
+            with_folds: Whether a variant will round its inputs.
         """
         full = self._full
         self._before.copy_(full.hidden)
-        largest: dict[Stage, Tensor] = {}
-        result = FullLayer(layer, largest)
+        result = FullLayer(layer)
 
         def weigh(stage: Stage, inputs: Inputs) -> Tensor:
             if stage == MLP:
                 self._middle.copy_(full.hidden)
-            largest[stage] = torch.stack([rows.abs().amax(0) for _, rows in inputs()]).amax(0)
-            return torch.cat([result.weight(name) for name in stage])
+            return result.weights(stage)
 
         full.advance((result.norms[BEFORE_ATTENTION], result.norms[BEFORE_MLP]), weigh)
+        if with_folds:
+            norms, folds = fold(
+                layer.norms,
+                lambda stage: self._sample(stage, result),
+                result.weights,
+                self._texts.config,
+            )
+            result.folded = FullLayer(LayerWeights(layer.index, layer.linears, norms), folds)
         return result
+
+    def _sample(self, stage: Stage, layer: FullLayer) -> Tensor:
+        """Some of the inputs that a stage has just had in full precision, weighted.
+
+        Those of ``o_proj`` and ``down_proj`` still lie in the scratch that all paths share.
+        """
+        if stage == ATTENTION:
+            inputs = self._texts.normed(self._before, layer.norms[BEFORE_ATTENTION])
+        elif stage == MLP:
+            inputs = self._texts.normed(self._middle, layer.norms[BEFORE_MLP])
+        else:
+            states = self._texts.mixed if stage == OUTPUT else self._texts.gated
+            inputs = (states[rows] for rows in self._texts.rows)
+        step = -(-self._texts.tokens // _SAMPLE_TOKENS)
+        return torch.cat(
+            [
+                rows[::step] * weight[::step].sqrt()
+                for rows, weight in zip(inputs, self._token_weights(), strict=True)
+            ]
+        )
 
     @torch.inference_mode()
     def quantize(self, name: str, layer: FullLayer, formats: Formats) -> Tensors:
@@ -116,7 +144,8 @@ class Calibration:
         """
         states, config = self._variants[name], self._texts.config
         rounded = _rounded(formats)
-        folded = layer.folded(config) if rounded else layer
+        folded = layer.folded if rounded else layer
+        assert folded is not None, "with_folds was not asked for"
         norms = folded.norms
         tensors = {f"{norm}.weight": raw for norm, raw in folded.stored_norms.items()}
 
@@ -132,7 +161,7 @@ class Calibration:
                     yield sums[rows] - states.hidden[rows]
 
         def weigh(stage: Stage, inputs: Inputs) -> Tensor:
-            weight = torch.cat([folded.weight(linear) for linear in stage])
+            weight = folded.weights(stage)
             seen, crossed = _moments(inputs, wanted(stage), self._token_weights())
             moments = Moments(seen, weight @ crossed if stage in (ATTENTION, MLP) else crossed)
             form = formats[stage[0]]
@@ -182,37 +211,29 @@ class Calibration:
 
 
 class FullLayer:
-    """A layer in full precision, and how large the inputs of its linears become.
+    """A layer in full precision.
 
     Attributes:
         norms: Weight of each norm, float32.
         stored_norms: The same as they are stored.
+        folded: The same layer with inputs that lose less when they are rounded, if it was made.
     """
 
-    def __init__(self, layer: LayerWeights, largest: Mapping[Stage, Tensor]) -> None:
-        """Takes the source's weights, and the absolute maximum of each stage's inputs."""
+    def __init__(self, layer: LayerWeights, folds: Folds | None = None) -> None:
+        """Takes the source's linears, and norms that go with the folds."""
         self.stored_norms: Mapping[str, RawTensor] = layer.norms
         self.norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
+        self.folded: FullLayer | None = None
         self._layer = layer
-        self._largest = largest
-        self._folds: Folds | None = None
+        self._folds = folds
 
-    def weight(self, linear: str) -> Tensor:
-        """A linear's weight, float32 ``(out_features, in_features)``."""
+    def weights(self, stage: Stage) -> Tensor:
+        """A stage's weights, stacked, float32 ``[out_features, in_features]``."""
+        return torch.cat([self._weight(linear) for linear in stage])
+
+    def _weight(self, linear: str) -> Tensor:
         weight = to_torch(self._layer.linears[linear].tensors["weight"]).float()
         return weight if self._folds is None else self._folds.apply(linear, weight)
-
-    def folded(self, config: ModelConfig) -> FullLayer:
-        """The same layer with inputs of large range made smaller, and their weights larger."""
-        columns = {
-            stage: torch.stack([self.weight(linear).abs().amax(0) for linear in stage]).amax(0)
-            for stage in self._largest
-        }
-        stored, folds = fold(self._layer.norms, self._largest, columns, config)
-        layer = LayerWeights(self._layer.index, self._layer.linears, stored)
-        folded = FullLayer(layer, self._largest)
-        folded._folds = folds
-        return folded
 
 
 def _rounded(formats: Formats) -> frozenset[str]:

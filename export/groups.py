@@ -18,7 +18,7 @@ from export.sources import Source
 from export.workspace import Workspace
 from export.writer import TensorWriter
 from lowmem.artifact.config import NORMS, ModelConfig
-from lowmem.artifact.formats import Format, Plain
+from lowmem.artifact.formats import Format, Int8Channel, Plain
 from lowmem.artifact.tensors import RawTensor
 from lowmem.artifact.variants import DTYPE_NAMES
 from lowmem.artifact.weights import (
@@ -123,7 +123,8 @@ def _write_layer(
     is_finished: bool,
 ) -> None:
     """Writes a layer in all variants, the calibrated ones by what they do to the texts."""
-    full = calibration.full_precision(layer)
+    forms = {form for job in jobs for form in job.formats.values()}
+    full = calibration.full_precision(layer, with_folds=not is_finished and Int8Channel() in forms)
     for job in jobs:
         if job.file not in writers:
             continue
