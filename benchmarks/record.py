@@ -9,39 +9,55 @@ import argparse
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from lowmem import hardware
 from lowmem.artifact.manifest import Bundle
 
+ROOT = Path(__file__).parent.parent
 MACHINE_KEYS = ("cpu_name", "cpu_threads", "cpu_features", "gpus")
 
 
+def clean_commit() -> str:
+    """The commit that is checked out.
+
+    Raises:
+        SystemExit: The working tree differs from it.
+    """
+    git = ["git", "-C", str(ROOT)]
+    if subprocess.check_output([*git, "status", "--porcelain"], text=True).strip():
+        raise SystemExit("a record names a commit: commit or remove your changes first")
+    return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+
+
+def write(name: str, content: dict[str, Any]) -> Path:
+    """Writes ``benchmarks/results/NAME.json``: the content, the machine and the record's name."""
+    machine = hardware.probe().to_json()
+    record = {"name": name, "machine": {key: machine[key] for key in MACHINE_KEYS}, **content}
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return path
+
+
 def main() -> None:
-    """Writes ``benchmarks/results/NAME.json``."""
+    """Writes the record of a demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="what the demo wrote")
     parser.add_argument("name", help="the record's name")
     arguments = parser.parse_args()
-    root = Path(__file__).parent.parent
-    git = ["git", "-C", str(root)]
-    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    clean = not subprocess.check_output([*git, "status", "--porcelain"], text=True).strip()
-    if not clean:
-        raise SystemExit("a record names a commit: commit or remove your changes first")
+    commit = clean_commit()
     report = json.loads((arguments.directory / "report.json").read_text())
     plan = json.loads((arguments.directory / "plan.json").read_text())
-    machine = hardware.probe().to_json()
-    record = {
-        "name": arguments.name,
-        "command": "make demo",
-        "commit": commit,
-        "machine": {key: machine[key] for key in MACHINE_KEYS},
-        "model": Bundle(arguments.directory / "bundle").manifest.source["name"],
-        "reports": report["reports"],
-        "plan": {key: plan[key] for key in ("chosen", "reason", "plans")},
-    }
-    path = root / "benchmarks" / "results" / f"{arguments.name}.json"
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write(
+        arguments.name,
+        {
+            "command": "make demo",
+            "commit": commit,
+            "model": Bundle(arguments.directory / "bundle").manifest.source["name"],
+            "reports": report["reports"],
+            "plan": {key: plan[key] for key in ("chosen", "reason", "plans")},
+        },
+    )
 
 
 if __name__ == "__main__":

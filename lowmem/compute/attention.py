@@ -1,9 +1,9 @@
 """Attention within each of the packed texts.
 
 Texts of equal length lie next to each other, because batches are sorted by length, and go through
-one call of ``scaled_dot_product_attention`` as a view, without padding or copies. A shared prefix
-stands once, in front of the batch; its keys and values are put before those of every text, as many
-texts at a time as give no more tokens than the batch has itself.
+one call of ``scaled_dot_product_attention`` as a view, without padding or copies. Keys and values
+of a shared prefix stand once, in front of the batch's own; they are put before those of every text,
+as many texts at a time as give no more tokens than the batch has itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Spans:
     """Where texts lie in a packed batch.
 
     Attributes:
-        prefix_tokens: Leading tokens that belong to the shared prefix, 0 if there is none.
+        prefix_tokens: Leading keys and values that belong to the shared prefix, 0 if there is none.
         runs: (texts, tokens of each) of consecutive texts with one length, in order.
-        last_tokens: Index of each text's last token, ``[texts]``.
+        last_tokens: Index of each text's last token, the prefix not counted, ``[texts]``.
         is_causal: Whether a token sees only itself and earlier ones.
         pooled_only: Whether queries are given for last tokens alone, ``[texts]`` of them.
     """
@@ -36,7 +36,7 @@ class Spans:
 
     @classmethod
     def of(cls, lengths: list[int], prefix_tokens: int, is_causal: bool, device: str) -> Spans:
-        """Spans of texts that lie end to end behind the prefix."""
+        """Spans of texts that lie end to end."""
         assert is_causal or not prefix_tokens, "a prefix would see the texts behind it"
         runs: list[tuple[int, int]] = []
         for length in lengths:
@@ -44,7 +44,7 @@ class Spans:
                 runs[-1] = (runs[-1][0] + 1, length)
             else:
                 runs.append((1, length))
-        ends = torch.tensor(lengths, device=device).cumsum(0) + (prefix_tokens - 1)
+        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
         return cls(prefix_tokens, tuple(runs), ends, is_causal)
 
     def of_last_tokens(self) -> Spans:
@@ -57,7 +57,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
 
     Args:
         query: ``[tokens, heads, head_dim]``, or ``[texts, …]`` where spans are of last tokens.
-        key: ``[tokens, key-value heads, head_dim]``, the prefix first.
+        key: ``[prefix tokens + tokens, key-value heads, head_dim]``.
         value: As ``key``.
         spans: Where the texts lie.
 
@@ -66,9 +66,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
     """
     shared = spans.prefix_tokens
     mixed = torch.empty_like(query)
-    if shared and not spans.pooled_only:
-        own = slice(0, shared)
-        mixed[own] = _attend_texts(query[own], key[own], value[own], 1, True)
     for queries, keys, texts in _slices(spans, len(key)):
         run_key, run_value = key[keys], value[keys]
         run_query = query[queries]
@@ -78,7 +75,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         if shared and not spans.pooled_only:
             # SDPA aligns its causal mask to the first key: queries of zeros in the prefix's
             # place shift it to where each text's own tokens stand.
-            padded = _behind(torch.zeros_like(query[:shared]), run_query, texts)
+            padding = query.new_zeros(shared, *query.shape[1:])
+            padded = _behind(padding, run_query, texts)
             result = _attend_texts(padded, run_key, run_value, texts, True)
             length = run_query.shape[0] // texts
             mixed[queries] = result.unflatten(0, (texts, -1))[:, -length:].flatten(0, 1)
@@ -93,15 +91,15 @@ def _slices(spans: Spans, most_tokens: int) -> Iterator[tuple[slice, slice, int]
 
     A run is one call, unless its texts with a prefix before each would be more tokens than given.
     """
-    begin, row = spans.prefix_tokens, 0
+    begin = row = 0
     for texts, length in spans.runs:
         step = max(1, most_tokens // (spans.prefix_tokens + length))
         for first in range(0, texts, step):
             count = min(step, texts - first)
-            keys = slice(begin, begin + count * length)
-            queries = slice(row, row + count) if spans.pooled_only else keys
-            yield queries, keys, count
-            begin, row = keys.stop, row + count
+            own = slice(begin, begin + count * length)
+            queries = slice(row, row + count) if spans.pooled_only else own
+            yield queries, slice(spans.prefix_tokens + begin, spans.prefix_tokens + own.stop), count
+            begin, row = own.stop, row + count
 
 
 def _behind(prefix: Tensor, states: Tensor, texts: int) -> Tensor:
