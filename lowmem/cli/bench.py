@@ -29,6 +29,7 @@ from lowmem.planner.choice import stored_report
 from lowmem.planner.timing import workload
 
 _REPEATS = 3
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def bench(
     plans = candidates(subject, machine, wishes)
     running = [plan for plan in plans if plan.dropped is None]
     if not running:
-        reasons = "; ".join(f"{plan.id}: {plan.dropped}" for plan in plans)
+        reasons = "; ".join(f"{plan.id}: {plan.dropped}" for plan in plans[:_MOST_NAMED])
         raise CapacityError(f"no plan can run on this machine: {reasons}")
     ceilings = _ceilings(opened, running)
     measured, failed = _measure(opened, subject, running, ceilings, wanted)

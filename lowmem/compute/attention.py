@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_LONGEST_MASKED = 512
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -73,13 +75,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
             run_key = _behind(key[:shared], run_key, texts)
             run_value = _behind(value[:shared], run_value, texts)
         if shared and not spans.pooled_only:
-            # SDPA aligns its causal mask to the first key: queries of zeros in the prefix's
-            # place shift it to where each text's own tokens stand.
-            padding = query.new_zeros(shared, *query.shape[1:])
-            padded = _behind(padding, run_query, texts)
-            result = _attend_texts(padded, run_key, run_value, texts, True)
-            length = run_query.shape[0] // texts
-            mixed[queries] = result.unflatten(0, (texts, -1))[:, -length:].flatten(0, 1)
+            mixed[queries] = _attend_behind(run_query, run_key, run_value, texts, shared)
         else:
             causal = spans.is_causal and not spans.pooled_only
             mixed[queries] = _attend_texts(run_query, run_key, run_value, texts, causal)
@@ -108,12 +104,38 @@ def _behind(prefix: Tensor, states: Tensor, texts: int) -> Tensor:
     return torch.cat([prefix.expand(texts, -1, -1, -1), each], dim=1).flatten(0, 1)
 
 
-def _attend_texts(query: Tensor, key: Tensor, value: Tensor, texts: int, causal: bool) -> Tensor:
-    """One call for texts of one length, ``[texts * length, heads, head_dim]`` each."""
+def _attend_behind(query: Tensor, key: Tensor, value: Tensor, texts: int, shared: int) -> Tensor:
+    """Causal attention of texts of one length, whose keys and values begin with the prefix's.
+
+    SDPA aligns its own causal mask to the first key. Short texts bring a mask instead, which costs
+    less than the prefix's queries would; long ones, whose mask would be large and of whose keys
+    half are not seen, get queries of zeros in the prefix's place.
+    """
+    length = len(query) // texts
+    if length <= _LONGEST_MASKED:
+        mask = query.new_full((length, shared + length), -torch.inf).triu_(shared + 1)
+        return _attend_texts(query, key, value, texts, False, mask)
+    padded = _behind(query.new_zeros(shared, *query.shape[1:]), query, texts)
+    result = _attend_texts(padded, key, value, texts, True)
+    return result.unflatten(0, (texts, -1))[:, -length:].flatten(0, 1)
+
+
+def _attend_texts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    texts: int,
+    causal: bool,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One call for texts of one length, ``[texts * length, heads, head_dim]`` each.
+
+    ``mask`` is added to the scores, ``[query length, key length]``.
+    """
     query, key, value = (
         states.unflatten(0, (texts, -1)).transpose(1, 2) for states in (query, key, value)
     )  # [texts, heads, length, head_dim]
     mixed = F.scaled_dot_product_attention(
-        query, key, value, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, mask, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
     )
     return mixed.transpose(1, 2).flatten(0, 1)

@@ -121,6 +121,16 @@ def test_a_prefix_that_is_longer_than_the_texts_still_takes_one_text_at_a_time()
     assert float((attend(query, key, value, spans) - expected).abs().max()) <= ATTENTION
 
 
+@pytest.mark.parametrize("lengths", [[513], [512, 512], [700, 700, 3]], ids=str)
+def test_texts_too_long_for_a_mask_see_the_same_behind_a_prefix(lengths: list[int]) -> None:
+    prefix, tokens = 5, sum(lengths)
+    query = heads(tokens, 2, 8, 0)
+    key, value = (heads(prefix + tokens, 1, 8, seed) for seed in (1, 2))
+    spans = Spans.of(lengths, prefix, True, "cpu")
+    expected = slow_attend(query, key, value, lengths, prefix, True)
+    assert float((attend(query, key, value, spans) - expected).abs().max()) <= ATTENTION
+
+
 def test_a_prefix_is_only_for_causal_attention() -> None:
     with pytest.raises(AssertionError, match="would see the texts behind it"):
         Spans.of([3], 2, False, "cpu")
