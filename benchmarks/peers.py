@@ -154,9 +154,7 @@ def sentence_transformers(directory: Path, threads: int) -> tuple[Encode, Any]:
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(threads)
-    model = SentenceTransformer(
-        str(directory), device="cpu", model_kwargs={"torch_dtype": torch.float32}
-    )
+    model = SentenceTransformer(str(directory), device="cpu", model_kwargs={"dtype": torch.float32})
 
     def encode(texts: list[str], prompts: list[str]) -> Vectors:
         whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]

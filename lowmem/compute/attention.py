@@ -117,7 +117,8 @@ def _attend_behind(query: Tensor, key: Tensor, value: Tensor, texts: int, shared
         return _attend_texts(query, key, value, texts, False, mask)
     padded = _behind(query.new_zeros(shared, *query.shape[1:]), query, texts)
     result = _attend_texts(padded, key, value, texts, True)
-    return result.unflatten(0, (texts, -1))[:, -length:].flatten(0, 1)
+    own: Tensor = result.unflatten(0, (texts, -1))[:, -length:].flatten(0, 1)
+    return own
 
 
 def _attend_texts(
