@@ -8,10 +8,15 @@ HAS_CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 EXTRA := $(if $(HAS_CUDA),cuda,cpu)
 READY := $(VENV)/ready
 
-.PHONY: demo bench-7b test test-all check format clean
+.PHONY: demo bench bench-7b test test-all check format clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py build/demo
+
+# The record names a commit, so the working tree must be clean; BENCH_ARGS=--quick writes none.
+bench: $(READY)
+	test -d build/demo/bundle/reports || $(MAKE) demo
+	$(BIN)/python benchmarks/peers.py build/demo/bundle $(BENCH_ARGS)
 
 bench-7b: $(READY)
 	$(BIN)/python benchmarks/seven_billion.py

@@ -20,16 +20,25 @@ RESULTS = ROOT / "benchmarks" / "results"
 MACHINE_KEYS = ("cpu_name", "cpu_threads", "cpu_features", "gpus")
 
 
+def clean_commit() -> str:
+    """The commit that is checked out.
+
+    Raises:
+        SystemExit: The working tree differs from it.
+    """
+    git = ["git", "-C", str(ROOT)]
+    if subprocess.check_output([*git, "status", "--porcelain"], text=True).strip():
+        raise SystemExit("a record names a commit: commit or remove your changes first")
+    return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+
+
 def head(name: str, command: str) -> dict[str, Any]:
     """What every record begins with.
 
     Raises:
         SystemExit: Not everything is committed.
     """
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    if subprocess.check_output([*git, "status", "--porcelain"], text=True).strip():
-        raise SystemExit("a record names a commit: commit or remove your changes first")
+    commit = clean_commit()
     machine = hardware.probe().to_json()
     return {
         "name": name,
@@ -40,8 +49,15 @@ def head(name: str, command: str) -> dict[str, Any]:
     }
 
 
+def write(record: dict[str, Any]) -> Path:
+    """Writes a record that ``head`` began to ``benchmarks/results/NAME.json``."""
+    path = RESULTS / f"{record['name']}.json"
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return path
+
+
 def main() -> None:
-    """Writes ``benchmarks/results/NAME.json``."""
+    """Writes the record of a demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, help="what the demo wrote")
     parser.add_argument("name", help="the record's name")
@@ -55,8 +71,7 @@ def main() -> None:
         "reports": report["reports"],
         "plan": {key: plan[key] for key in ("chosen", "reason", "plans")},
     }
-    path = RESULTS / f"{arguments.name}.json"
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write(record)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from lowmem import errors
 from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
@@ -41,6 +41,7 @@ class Record:
     Attributes:
         texts: How many texts were embedded.
         tokens: Their tokens, special tokens and instructions included.
+        token_pairs: Pairs of a token and one that it sees, over all texts: attention's work.
         load_seconds: From the start of loading to ready.
         seconds: Each timed pass over all texts, tokenization left out.
         waited_seconds: Of all timed passes, how long arithmetic waited for weights.
@@ -54,14 +55,20 @@ class Record:
     load_seconds: float
     seconds: list[float]
     waited_seconds: float = 0.0
+    token_pairs: int = 0
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
+    def median_seconds(self) -> float:
+        """Of the timed passes."""
+        return float(np.median(self.seconds))
+
+    @property
     def tokens_per_second(self) -> float:
         """Of the median pass."""
-        return self.tokens / float(np.median(self.seconds))
+        return self.tokens / self.median_seconds
 
     @property
     def computing_tokens_per_second(self) -> float:
@@ -101,6 +108,33 @@ def measure(
         "warm_up": warm_up,
         "vectors": None if vectors is None else str(vectors),
     }
+    result, peak_bytes = _in_child(job, plan.id, timeout_seconds)
+    return Record(**{**result, "peak_host_bytes": peak_bytes})
+
+
+def measure_ceiling(bundle: Path, plan: Plan, *, timeout_seconds: float | None = None) -> float:
+    """The fastest product of a plan's arithmetic on its device, in a process of its own.
+
+    Args:
+        bundle: The bundle.
+        plan: Device, compute and threads count, and the shape of its variant.
+        timeout_seconds: When to give up.
+
+    Returns:
+        Operations per second.
+
+    Raises:
+        LowmemError: What the child raised; a crash, a kill or a time-out is a BackendError.
+    """
+    job = {"bundle": str(bundle), "plan": asdict(plan), "ceiling": True}
+    result, _ = _in_child(job, f"the fastest product in {plan.compute}", timeout_seconds)
+    return float(result["operations_per_second"])
+
+
+def _in_child(
+    job: dict[str, Any], name: str, timeout_seconds: float | None
+) -> tuple[dict[str, Any], int]:
+    """What a job gives, and the peak of its process's memory in bytes."""
     with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
         job_file = Path(folder) / "job.json"
         job_file.write_text(json.dumps(job))
@@ -117,17 +151,17 @@ def measure(
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.communicate()
-                raise BackendError(f"{plan.id} took more than {timeout_seconds} s") from None
+                raise BackendError(f"{name} took more than {timeout_seconds} s") from None
             except BaseException:
                 child.kill()
                 child.communicate()
                 raise
     if child.returncode != 0:
-        raise _failure(plan, child.returncode, problems.decode(errors="replace"))
+        raise _failure(name, child.returncode, problems.decode(errors="replace"))
     result = json.loads(output.splitlines()[-1])
     if "error" in result:
         raise getattr(errors, result["kind"])(result["error"])
-    return Record(**{**result, "peak_host_bytes": peak.bytes})
+    return result, peak.bytes
 
 
 class MemoryPeak:
@@ -162,6 +196,9 @@ class MemoryPeak:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide a vector or its speed, as far as installed."""
+    # A tenth of the time that importing lowmem takes.
+    from importlib.metadata import PackageNotFoundError, version
+
     versions = {}
     for package in PACKAGES:
         try:
@@ -190,15 +227,27 @@ def _run_job(job: dict[str, Any]) -> Record:
         seconds.append(time.perf_counter() - start)
     if job["vectors"] is not None:
         np.save(job["vectors"], embedded)
+    lengths = [len(text.input_ids) for text in texts]
+    is_causal = runner.contract.is_causal
     return Record(
         texts=len(texts),
-        tokens=sum(len(text.input_ids) for text in texts),
+        tokens=sum(lengths),
+        token_pairs=sum(n * (n + 1) // 2 if is_causal else n * n for n in lengths),
         load_seconds=load_seconds,
         seconds=seconds,
         waited_seconds=runner.waited_seconds - waited_before,
         peak_device_bytes=runner.peak_device_bytes,
         versions=package_versions(),
     )
+
+
+def _measure_product(job: dict[str, Any]) -> dict[str, Any]:
+    from lowmem.compute.ceiling import best_product  # not in children of onnxruntime plans: torch
+
+    plan = Plan(**job["plan"])
+    config = Checkpoint(Bundle(Path(job["bundle"])).directory(plan.variant)).config
+    rate = best_product(plan.device, plan.compute, config, plan.threads)
+    return {"operations_per_second": rate}
 
 
 def _tree(pid: int) -> Iterator[int]:
@@ -223,20 +272,21 @@ def _anonymous_bytes(pid: int) -> int:
     return kilobytes * 1024
 
 
-def _failure(plan: Plan, status: int, problems: str) -> LowmemError:
+def _failure(name: str, status: int, problems: str) -> LowmemError:
     last = (problems.strip().splitlines() or ["it said nothing"])[-1]
     if status < 0:
-        name = signal.Signals(-status).name
-        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        return BackendError(f"{plan.id} was ended by {name}{hint}")
-    return BackendError(f"{plan.id} failed: {last}")
+        number = signal.Signals(-status).name
+        hint = ", as the system does when memory runs out" if number == "SIGKILL" else ""
+        return BackendError(f"{name} was ended by {number}{hint}")
+    return BackendError(f"{name} failed: {last}")
 
 
 def run_child() -> None:
     """Runs the job whose file is the process's first argument; its result goes to stdout."""
     job = json.loads(Path(sys.argv[1]).read_text())
+    result: dict[str, Any]
     try:
-        result: dict[str, Any] = asdict(_run_job(job))
+        result = _measure_product(job) if "ceiling" in job else asdict(_run_job(job))
     except LowmemError as error:
         result = {"kind": type(error).__name__, "error": str(error)}
     sys.stdout.write(json.dumps(result) + "\n")

@@ -1,6 +1,7 @@
 """The rooms of the house, and which of them may see which."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,13 @@ def test_importing_lowmem_loads_neither_torch_nor_onnxruntime():
     code = "import lowmem, sys; print({'torch', 'onnxruntime', 'transformers'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
+
+
+def test_importing_lowmem_takes_less_than_150_ms_of_a_processor():
+    code = "from time import process_time as t; start = t(); import lowmem; print(t() - start)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    seconds = [  # the first writes the bytecode that the others read
+        float(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True))
+        for _ in range(4)
+    ]
+    assert min(seconds) < 0.15

@@ -128,7 +128,9 @@ def test_every_size_states_its_unit(name: str) -> None:
 
 
 def test_an_unknown_schema_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"the schemas are manifest, plan, report, got '\.\./x'"):
+    with pytest.raises(
+        InputError, match=r"the schemas are manifest, plan, report, bench, got '\.\./x'"
+    ):
         schemas.load("../x")
 
 

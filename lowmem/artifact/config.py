@@ -128,6 +128,16 @@ class ModelConfig:
         layer = sum(rows * columns for rows, columns in self.linears().values())
         return layer * self.num_hidden_layers
 
+    def operations(self, tokens: int, token_pairs: int) -> int:
+        """Multiplications and additions of a pass that computes every token in every layer.
+
+        Args:
+            tokens: Tokens of all texts.
+            token_pairs: Pairs of a token and one that it sees, over all texts.
+        """
+        attention = 4 * self.num_hidden_layers * self.query_size * token_pairs
+        return 2 * self.linear_weights * tokens + attention
+
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from lowmem.cli import check, embed, export, info, plan, report
+from lowmem.cli import bench, check, embed, export, info, plan, report
 from lowmem.errors import LowmemError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("export")(export.export)
 app.command("info")(info.info)
 app.command("plan")(plan.plan)
 app.command("report")(report.report)
+app.command("bench")(bench.bench)
 app.command("check")(check.check)
 app.command("embed")(embed.embed)
 

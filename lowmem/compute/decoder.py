@@ -21,8 +21,8 @@ from lowmem.compute.operations.linear import Linear
 class Operations(Protocol):
     """What the decoder is made of; each has a plain torch form, and a backend may replace any.
 
-    ``exact_rows`` is the number of leading rows (those of a shared prefix) whose activations are
-    never rounded, whatever the compute.
+    ``exact_rows`` is the number of leading rows whose activations are never rounded, whatever the
+    compute: all of a shared prefix, none of a text.
     """
 
     def norm_project(
@@ -31,7 +31,10 @@ class Operations(Protocol):
         """RMSNorm, then each linear: ``[tokens, hidden]`` to ``[tokens, out_features]`` each."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
-        """Attention within each text: ``[tokens, heads, head_dim]`` to ``[tokens, query size]``."""
+        """Attention within each text: ``[tokens, heads, head_dim]`` to ``[tokens, query size]``.
+
+        Keys and values of a shared prefix stand in front of those of the tokens.
+        """
 
     def project_add(
         self, mixed: Tensor, linear: Linear, residual: Tensor, exact_rows: int
@@ -95,44 +98,96 @@ class Rotation:
         return Rotation(self.cos[rows], self.sin[rows])
 
 
+@dataclass(frozen=True)
+class PrefixStates:
+    """What one layer keeps of a shared prefix: ``[prefix tokens, key-value heads, head_dim]`` each.
+
+    Attributes:
+        key: Its keys, rotated.
+        value: Its values.
+    """
+
+    key: Tensor
+    value: Tensor
+
+
 def decode_layer(
-    ops: Operations, layer: DecoderLayer, hidden: Tensor, rotation: Rotation, spans: Spans
+    ops: Operations,
+    layer: DecoderLayer,
+    hidden: Tensor,
+    rotation: Rotation,
+    spans: Spans,
+    prefix: PrefixStates | None = None,
 ) -> Tensor:
     """One layer over all tokens: float32 ``[tokens, hidden]`` to the same."""
-    exact = spans.prefix_tokens
-    head_dim = 2 * rotation.cos.shape[-1]
-    query, key, value = (
-        states.unflatten(-1, (-1, head_dim))
-        for states in ops.norm_project(
-            hidden, layer.input_norm, (layer.query, layer.key, layer.value), exact
-        )
-    )
-    mixed = ops.attend(rotation.apply(query), rotation.apply(key), value, spans)
+    linears = (layer.query, layer.key, layer.value)
+    query, key, value = _heads(ops, layer, hidden, rotation, linears, 0)
+    key, value = _behind(prefix, rotation.apply(key), value)
+    mixed = ops.attend(rotation.apply(query), key, value, spans)
+    hidden = ops.project_add(mixed, layer.output, hidden, 0)
+    return ops.gated_mlp(hidden, layer.mlp_norm, layer.gate, layer.up, layer.down, 0)
+
+
+def decode_prefix(
+    ops: Operations, layer: DecoderLayer, hidden: Tensor, rotation: Rotation, spans: Spans
+) -> tuple[Tensor, PrefixStates]:
+    """One layer over a shared prefix: float32 ``[tokens, hidden]`` to the same, and what is kept.
+
+    No activation is rounded: every text that follows sees these keys and values, and BOS carries
+    the largest activations of all.
+    """
+    exact = len(hidden)
+    linears = (layer.query, layer.key, layer.value)
+    query, key, value = _heads(ops, layer, hidden, rotation, linears, exact)
+    key = rotation.apply(key)
+    mixed = ops.attend(rotation.apply(query), key, value, spans)
     hidden = ops.project_add(mixed, layer.output, hidden, exact)
-    return ops.gated_mlp(hidden, layer.mlp_norm, layer.gate, layer.up, layer.down, exact)
+    hidden = ops.gated_mlp(hidden, layer.mlp_norm, layer.gate, layer.up, layer.down, exact)
+    return hidden, PrefixStates(key, value)
 
 
 def decode_last_layer(
-    ops: Operations, layer: DecoderLayer, hidden: Tensor, rotation: Rotation, spans: Spans
+    ops: Operations,
+    layer: DecoderLayer,
+    hidden: Tensor,
+    rotation: Rotation,
+    spans: Spans,
+    prefix: PrefixStates | None = None,
 ) -> Tensor:
     """The last layer where only each text's last token is pooled: ``[texts, hidden]``.
 
     Keys and values need every token; queries, output and MLP only those that are pooled.
     """
-    head_dim = 2 * rotation.cos.shape[-1]
-    key, value = (
-        states.unflatten(-1, (-1, head_dim))
-        for states in ops.norm_project(
-            hidden, layer.input_norm, (layer.key, layer.value), spans.prefix_tokens
-        )
-    )
+    key, value = _heads(ops, layer, hidden, rotation, (layer.key, layer.value), 0)
+    key, value = _behind(prefix, rotation.apply(key), value)
     last = spans.last_tokens
     pooled = hidden[last]
-    (query,) = ops.norm_project(pooled, layer.input_norm, (layer.query,), 0)
-    query = rotation.select(last).apply(query.unflatten(-1, (-1, head_dim)))
-    mixed = ops.attend(query, rotation.apply(key), value, spans.of_last_tokens())
+    (query,) = _heads(ops, layer, pooled, rotation, (layer.query,), 0)
+    query = rotation.select(last).apply(query)
+    mixed = ops.attend(query, key, value, spans.of_last_tokens())
     pooled = ops.project_add(mixed, layer.output, pooled, 0)
     return ops.gated_mlp(pooled, layer.mlp_norm, layer.gate, layer.up, layer.down, 0)
+
+
+def _heads(
+    ops: Operations,
+    layer: DecoderLayer,
+    hidden: Tensor,
+    rotation: Rotation,
+    linears: Sequence[Linear],
+    exact_rows: int,
+) -> list[Tensor]:
+    """Projections of the normed states, ``[tokens, heads, head_dim]`` each, not yet rotated."""
+    head_dim = 2 * rotation.cos.shape[-1]
+    projected = ops.norm_project(hidden, layer.input_norm, linears, exact_rows)
+    return [states.unflatten(-1, (-1, head_dim)) for states in projected]
+
+
+def _behind(prefix: PrefixStates | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the prefix, if there is one, and then those of the tokens."""
+    if prefix is None:
+        return key, value
+    return torch.cat([prefix.key, key]), torch.cat([prefix.value, value])
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

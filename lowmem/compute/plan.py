@@ -11,6 +11,8 @@ COMPUTES = ("fp32", "bf16", "fp16", "int8")
 SCHEDULES = ("resident", "streamed")
 CHUNK_BYTES = 16 * 2**20
 """Size of a temporary in an operation; more tokens than fit into it go through in chunks."""
+PREFIX_TOKENS = 256
+"""Tokens of shared prefixes whose keys and values an engine keeps from pass to pass."""
 
 
 @dataclass(frozen=True)

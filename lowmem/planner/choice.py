@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lowmem import data, hardware
 from lowmem.artifact import verdict
@@ -167,13 +168,21 @@ def fidelity_of(plan: Plan, bundle: Bundle, floor: Floor) -> str:
     Raises:
         BundleError: The report's file is damaged.
     """
-    report = verdict.read_report(
+    return verdict.fidelity(stored_report(plan, bundle), floor)
+
+
+def stored_report(plan: Plan, bundle: Bundle) -> dict[str, Any] | None:
+    """The plan's report in the bundle, or None where there is none of these very files.
+
+    Raises:
+        BundleError: The report's file is damaged.
+    """
+    return verdict.read_report(
         bundle.path / "reports" / f"{plan.report_id}.json",
         plan=plan.report_id,
         artifact_sha256=bundle.manifest.artifact_sha256(plan.variant),
         texts_sha256=[data.sha256(data.load(name)) for name in BUILT_IN_TEXTS],
     )
-    return verdict.fidelity(report, floor)
 
 
 def _best_tier(plans: Sequence[Plan], wishes: Wishes) -> tuple[list[Plan], str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.weights import module_shapes
-from lowmem.compute.plan import CHUNK_BYTES, Plan
+from lowmem.compute.plan import CHUNK_BYTES, PREFIX_TOKENS, Plan
 
 MIB = 2**20
 # Interpreter, libraries and thread pools with no model loaded, measured as RssAnon.
@@ -52,7 +52,7 @@ def predict(
     layer = weights // config.num_hidden_layers
     scratch = _scratch_bytes(plan, config, formats)
     activations = max(_activation_bytes(plan, config), _pooling_bytes(plan, config))
-    work = scratch + activations + _hidden_bytes(plan, config)
+    work = scratch + activations + _hidden_bytes(plan, config) + _prefix_bytes(plan, config)
     folded, kept = _latent_bytes(config)
     streamed = 2 * layer if plan.schedule == "streamed" else 0
     if plan.device == "cpu":
@@ -96,6 +96,17 @@ def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format
 def _hidden_bytes(plan: Plan, config: ModelConfig) -> int:
     """Hidden states of the batches of a window, float32, but for the one at work."""
     return 4 * config.hidden_size * max(0, plan.window_tokens - plan.batch_tokens)
+
+
+def _prefix_bytes(plan: Plan, config: ModelConfig) -> int:
+    """Keys and values of the prefixes that are kept, in all layers."""
+    return (
+        2
+        * PREFIX_TOKENS
+        * config.num_hidden_layers
+        * config.key_value_size
+        * PRODUCT_BYTES[plan.compute]
+    )
 
 
 def _activation_bytes(plan: Plan, config: ModelConfig) -> int:

@@ -1,7 +1,7 @@
 """JSON Schemas, draft 2020-12, of what lowmem writes for other programs.
 
-``plan`` and ``report`` leave room for keys that are yet to come; in ``manifest``, the input
-contract in it included, every key decides something, and an unknown one is an error.
+``plan``, ``report`` and ``bench`` leave room for keys that are yet to come; in ``manifest``, the
+input contract in it included, every key decides something, and an unknown one is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from lowmem.errors import InputError
 
-NAMES = ("manifest", "plan", "report")
+NAMES = ("manifest", "plan", "report", "bench")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -20,8 +20,8 @@ def load(name: str) -> dict[str, Any]:
 
     Args:
         name: ``manifest`` for ``lowmem.json``, ``plan`` for ``lowmem plan --json``, ``report`` for
-            ``lowmem report --json``; ``#/$defs/report`` of the last is one file of a bundle's
-            ``reports/``.
+            ``lowmem report --json``, whose ``#/$defs/report`` is one file of a bundle's
+            ``reports/``; ``bench`` for ``lowmem bench --json``.
 
     Raises:
         InputError: There is no schema of this name.

@@ -26,21 +26,25 @@ def heads(tokens: int, count: int, head_dim: int, seed: int) -> Tensor:
 def slow_attend(
     query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], prefix: int, causal: bool
 ) -> Tensor:
-    """Each text alone, in float64: its tokens see the prefix and, if causal, no later token."""
+    """Each text alone, in float64: its tokens see the prefix and, if causal, no later token.
+
+    ``key`` and ``value`` begin with the prefix's, and ``query`` has none of it.
+    """
     share = query.shape[1] // key.shape[1]
     query, key, value = query.double(), key.double(), value.double()
     key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
     mixed = torch.empty_like(query)
-    begin = prefix
+    begin = 0
     for length in lengths:
-        rows = [*range(prefix), *range(begin, begin + length)]
-        visible = torch.ones(len(rows), len(rows), dtype=torch.bool)
+        own = slice(begin, begin + length)
+        seen = [*range(prefix), *range(prefix + begin, prefix + own.stop)]
+        visible = torch.ones(length, len(seen), dtype=torch.bool)
         if causal:
-            visible = visible.tril()
-        scores = torch.einsum("qhd,khd->hqk", query[rows], key[rows]) / query.shape[2] ** 0.5
+            visible = visible.tril(prefix)
+        scores = torch.einsum("qhd,khd->hqk", query[own], key[seen]) / query.shape[2] ** 0.5
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        mixed[rows] = torch.einsum("hqk,khd->qhd", weights, value[rows])
-        begin += length
+        mixed[own] = torch.einsum("hqk,khd->qhd", weights, value[seen])
+        begin = own.stop
     return mixed.flatten(1)
 
 
@@ -67,9 +71,9 @@ def test_packed_attention_is_attention_in_each_text(
 ) -> None:
     prefix = prefix if is_causal else 0
     lengths = [length for count, length in runs for _ in range(count)]
-    tokens = prefix + sum(lengths)
+    tokens = sum(lengths)
     query = heads(tokens, key_heads * share, head_dim, seed)
-    key, value = (heads(tokens, key_heads, head_dim, seed + n) for n in (1, 2))
+    key, value = (heads(prefix + tokens, key_heads, head_dim, seed + n) for n in (1, 2))
     spans = Spans.of(lengths, prefix, is_causal, "cpu")
     expected = slow_attend(query, key, value, lengths, prefix, is_causal)
     if pooled_only:
@@ -80,10 +84,10 @@ def test_packed_attention_is_attention_in_each_text(
     assert float((got - expected).abs().max()) <= ATTENTION
 
 
-def test_last_tokens_are_found_behind_the_prefix() -> None:
+def test_last_tokens_are_found_and_the_prefix_is_not_counted() -> None:
     spans = Spans.of([3, 3, 1], 4, True, "cpu")
     assert spans.runs == ((2, 3), (1, 1))
-    assert spans.last_tokens.tolist() == [6, 9, 10]
+    assert spans.last_tokens.tolist() == [2, 5, 6]
 
 
 def test_texts_of_one_length_go_through_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,19 +103,31 @@ def test_copies_of_the_prefix_hold_no_more_tokens_than_the_batch(
     prefix, lengths = 30, [2] * 50
     tokens = prefix + sum(lengths)
     query, key, value = (heads(tokens, 1, 4, seed) for seed in range(3))
+    query = query[prefix:]
     spans = Spans.of(lengths, prefix, True, "cpu")
     expected = slow_attend(query, key, value, lengths, prefix, True)
     shapes = record_calls(monkeypatch)
     got = attend(query, key, value, spans)
     assert float((got - expected).abs().max()) <= ATTENTION
     assert max(texts * length for texts, _, length, _ in shapes) <= tokens
-    assert len(shapes) == 1 + -(-50 // (tokens // 32))
+    assert len(shapes) == -(-50 // (tokens // 32))
 
 
 def test_a_prefix_that_is_longer_than_the_texts_still_takes_one_text_at_a_time() -> None:
     query, key, value = (heads(23, 2, 4, seed) for seed in range(3))
+    query = query[20:]
     spans = Spans.of([1, 1, 1], 20, True, "cpu")
     expected = slow_attend(query, key, value, [1, 1, 1], 20, True)
+    assert float((attend(query, key, value, spans) - expected).abs().max()) <= ATTENTION
+
+
+@pytest.mark.parametrize("lengths", [[513], [512, 512], [700, 700, 3]], ids=str)
+def test_texts_too_long_for_a_mask_see_the_same_behind_a_prefix(lengths: list[int]) -> None:
+    prefix, tokens = 5, sum(lengths)
+    query = heads(tokens, 2, 8, 0)
+    key, value = (heads(prefix + tokens, 1, 8, seed) for seed in (1, 2))
+    spans = Spans.of(lengths, prefix, True, "cpu")
+    expected = slow_attend(query, key, value, lengths, prefix, True)
     assert float((attend(query, key, value, spans) - expected).abs().max()) <= ATTENTION
 
 

@@ -34,20 +34,39 @@ def test_a_part_of_a_buffer_multiplies_like_a_matrix_of_its_own(multiply, dtype)
     assert torch.equal(multiply(states, weight), multiply(states.clone(), weight.clone()))
 
 
-def test_the_fastest_library_is_looked_for_once(monkeypatch):
+@pytest.fixture
+def forgetful():
+    """Nothing is known of this processor, before and after."""
+    products._fastest_float32.cache_clear()
+    yield
+    products._fastest_float32.cache_clear()
+
+
+@pytest.mark.parametrize("winner", ["torch", "onednn"])
+def test_the_library_that_won_the_trial_multiplies(forgetful, monkeypatch, winner):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(products.trials, "fastest", lambda question, calls: winner)
+    expected = {"torch": torch.nn.functional.linear, "onednn": products.onednn}[winner]
+    assert products._fastest_float32(1) is expected
+
+
+def test_each_library_is_tried_on_its_own_call(forgetful, monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
     calls = []
-    products._fastest_float32.cache_clear()
-    plain = products.onednn
-    monkeypatch.setattr(products, "onednn", lambda *pair: calls.append(1) or plain(*pair))
-    states, weight = torch.ones(3, 8), torch.ones(5, 8)
-    for _ in range(2):
-        products.product(states, weight)
-    products._fastest_float32.cache_clear()
-    assert len(calls) <= 1 + products._REPEATS + 2
+    monkeypatch.setattr(products, "onednn", lambda *pair: calls.append("onednn"))
+    monkeypatch.setattr(products.F, "linear", lambda *pair: calls.append("torch"))
+    found = {}
+    monkeypatch.setattr(
+        products.trials, "fastest", lambda question, forms: found.update(forms) or "torch"
+    )
+    products._fastest_float32(1)
+    found["torch"]()
+    found["onednn"]()
+    assert calls == ["torch", "onednn"]
 
 
-def test_without_onednn_torch_multiplies_as_it_would(monkeypatch):
-    products._fastest_float32.cache_clear()
+def test_without_onednn_torch_multiplies_as_it_would(forgetful, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert products._fastest_float32(1) is torch.nn.functional.linear
-    products._fastest_float32.cache_clear()

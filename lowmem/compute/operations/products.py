@@ -1,4 +1,4 @@
-"""Which library multiplies fastest on this processor, found by trying and not by its name.
+"""Which library multiplies fastest on this processor.
 
 torch hands float32 products to MKL, which reaches half of oneDNN's speed on some processors and
 outdoes it on others. Both are exact to float32 rounding.
@@ -6,19 +6,19 @@ outdoes it on others. Both are exact to float32 rounding.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem.compute.operations import trials
+
 Product = Callable[[Tensor, Tensor], Tensor]
 """``[tokens, in_features]`` and ``(out_features, in_features)`` to ``[tokens, out_features]``."""
 
 _TOKENS, _FEATURES = 256, 1024
-_REPEATS = 5
 
 
 def product(states: Tensor, weight: Tensor) -> Tensor:
@@ -46,15 +46,14 @@ def _has_onednn() -> bool:
 
 @cache
 def _fastest_float32(threads: int) -> Product:
-    """Tries each library for some tens of milliseconds; ``threads`` are those of torch."""
+    """The library for torch with so many threads."""
     if not _has_onednn():
         return F.linear
     states = torch.ones(_TOKENS, _FEATURES)
     weight = torch.ones(_FEATURES, _FEATURES)
-    seconds: dict[Product, float] = dict.fromkeys((F.linear, onednn), float("inf"))
-    for _ in range(1 + _REPEATS):  # the first pass of each prepares it, and is never the fastest
-        for multiply in seconds:
-            start = time.perf_counter()
-            multiply(states, weight)
-            seconds[multiply] = min(seconds[multiply], time.perf_counter() - start)
-    return min(seconds, key=seconds.__getitem__)
+    libraries: dict[str, Product] = {"torch": F.linear, "onednn": onednn}
+    winner = trials.fastest(
+        "float32 product",
+        {name: partial(multiply, states, weight) for name, multiply in libraries.items()},
+    )
+    return libraries[winner]
