@@ -30,6 +30,9 @@ class Operations(Protocol):
     ) -> list[Tensor]:
         """RMSNorm, then each linear: ``[tokens, hidden]`` to ``[tokens, out_features]`` each."""
 
+    def rotate(self, heads: Tensor, rotation: Rotation) -> Tensor:
+        """Rotary positions: ``[tokens, heads, head_dim]``, whose memory the result may take."""
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         """Attention within each text: ``[tokens, heads, head_dim]`` to ``[tokens, query size]``."""
 
@@ -107,7 +110,7 @@ def decode_layer(
             hidden, layer.input_norm, (layer.query, layer.key, layer.value), exact
         )
     )
-    mixed = ops.attend(rotation.apply(query), rotation.apply(key), value, spans)
+    mixed = ops.attend(ops.rotate(query, rotation), ops.rotate(key, rotation), value, spans)
     hidden = ops.project_add(mixed, layer.output, hidden, exact)
     return ops.gated_mlp(hidden, layer.mlp_norm, layer.gate, layer.up, layer.down, exact)
 
@@ -129,8 +132,8 @@ def decode_last_layer(
     last = spans.last_tokens
     pooled = hidden[last]
     (query,) = ops.norm_project(pooled, layer.input_norm, (layer.query,), 0)
-    query = rotation.select(last).apply(query.unflatten(-1, (-1, head_dim)))
-    mixed = ops.attend(query, rotation.apply(key), value, spans.of_last_tokens())
+    query = ops.rotate(query.unflatten(-1, (-1, head_dim)), rotation.select(last))
+    mixed = ops.attend(query, ops.rotate(key, rotation), value, spans.of_last_tokens())
     pooled = ops.project_add(mixed, layer.output, pooled, 0)
     return ops.gated_mlp(pooled, layer.mlp_norm, layer.gate, layer.up, layer.down, 0)
 

@@ -163,7 +163,7 @@ def shortest_prefix(plan: Plan, contract: Contract) -> int | None:
     """
     if plan.engine != "torch" or not contract.is_causal or contract.pooling != "lasttoken":
         return None
-    return 1 if plan.compute == "int8" else _SHORTEST_PREFIX
+    return 1 if plan.compute in ("int8", "fp8") else _SHORTEST_PREFIX
 
 
 def _open_engine(bundle: Bundle, checkpoint: Checkpoint, plan: Plan) -> Engine:

@@ -7,10 +7,13 @@ from typing import Any
 
 ENGINES = ("torch", "onnxruntime")
 DEVICES = ("cpu", "cuda")
-COMPUTES = ("fp32", "bf16", "fp16", "int8")
+COMPUTES = ("fp32", "bf16", "fp16", "fp16-acc16", "int8", "fp8")
+COMPUTES_OF_DEVICE = {"cpu": ("fp32", "bf16", "fp16", "int8"), "cuda": COMPUTES}
 SCHEDULES = ("resident", "streamed")
 CHUNK_BYTES = 16 * 2**20
-"""Size of a temporary in an operation; more tokens than fit into it go through in chunks."""
+"""Size of a temporary in an operation on a CPU; more tokens than fit go through in chunks."""
+DEVICE_CHUNK_TOKENS = 8192
+"""The same on a CUDA device, in tokens: weights are dequantized again for each chunk."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.weights import Checkpoint
+from lowmem.compute.decoder import Operations
 from lowmem.compute.latent_attention import LatentAttention
 from lowmem.compute.layers import Ends, Observer, run
+from lowmem.compute.operations.cuda import cuda_operations
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
 from lowmem.compute.streaming import LayerStream
@@ -52,14 +55,15 @@ class TorchEngine:
             checkpoint: The variant's directory, opened.
             contract: The bundle's input contract.
             device: ``cpu`` or ``cuda``.
-            compute: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+            compute: One of those that ``COMPUTES_OF_DEVICE`` has for the device.
             schedule: ``resident`` keeps the weights on the device (on a CPU: mapped);
                 ``streamed`` reads layers from disk while others compute.
             kept_layers: How many layers a streamed plan keeps all the same.
             threads: CPU threads of this process's torch, or None to leave them.
 
         Raises:
-            BackendError: There is no such device, or float32 products would not be float32.
+            BackendError: There is no such device, it has not this arithmetic, or float32 products
+                would not be float32.
             CapacityError: The weights do not fit the device.
         """
         if device == "cuda" and not torch.cuda.is_available():
@@ -75,7 +79,7 @@ class TorchEngine:
         self._config = checkpoint.config
         self._contract = contract
         self._device = device
-        self._ops = PlainOperations(compute, checkpoint.config.rms_norm_eps)
+        self._ops = _operations(checkpoint.config, device, compute)
         self._is_resident = schedule == "resident"
         self._one_pass = threading.Lock()
         self._times_out_of_memory = 0
@@ -159,6 +163,12 @@ class TorchEngine:
                 self._ops, layers, batches, self._ends, self._config, self._contract, on_layer
             )
         return [vector.cpu().numpy() for vector in vectors]
+
+
+def _operations(config: ModelConfig, device: str, compute: str) -> Operations:
+    if device == "cuda":
+        return cuda_operations(compute, config.rms_norm_eps, config.head_dim)
+    return PlainOperations(compute, config.rms_norm_eps)
 
 
 def _load_ends(checkpoint: Checkpoint, device: str) -> Ends:
