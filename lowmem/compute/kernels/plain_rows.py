@@ -31,7 +31,7 @@ def round_rows(states: Tensor, dtype: torch.dtype, exact_rows: int = 0) -> Rows:
     if exact_rows:
         left = states[:exact_rows] - codes[:exact_rows].float() * scales[:exact_rows, None]
         more_codes, more_scales = _round(left, dtype)
-        # torch does not concatenate 8-bit floats.
+        # torch does not concatenate 8-bit floats; their bytes it does.
         codes = torch.cat([codes.view(torch.int8), more_codes.view(torch.int8)]).view(dtype)
         scales = torch.cat([scales, more_scales])
     return Rows(codes, scales, len(states))

@@ -101,7 +101,8 @@ def _gate(
     mask = columns < features
     gated = tl.load(gate + row * features + columns, mask, other=0.0).to(tl.float32)
     raised = tl.load(up + row * features + columns, mask, other=0.0).to(tl.float32)
-    values = gated / (1 + tl.exp(-gated)) * raised
+    decay = tl.exp(-tl.abs(gated))  # at most 1, whatever the gate
+    values = gated * tl.where(gated < 0, decay, 1.0) / (1 + decay) * raised
     _write(values, codes, scales, row, tokens, exact_rows, features, LARGEST, BLOCK)
 
 

@@ -30,7 +30,7 @@ from lowmem.compute.operations.cuda_products import (
 )
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear
-from lowmem.compute.plan import DEVICE_CHUNK_TOKENS
+from lowmem.compute.plan import DEVICE_CHUNK_TOKENS, INT8_CAPABILITY, PLAIN_DEVICE_CHUNK_TOKENS
 from lowmem.errors import BackendError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def route(compute: str, capability: tuple[int, int], has_triton: bool) -> Route:
             return Route(torch.bfloat16, None, "torch", triton, flash)
         case "fp16" | "fp16-acc16":
             return Route(torch.float16, None, "torch", triton, flash)
-        case "int8":
+        case "int8" if capability >= INT8_CAPABILITY:
             product = "triton" if triton else "int_mm"
             return Route(torch.float16, torch.int8, product, triton, flash)
         case "fp8" if capability >= _FP8_CAPABILITY:
@@ -148,6 +148,7 @@ class CudaOperations:
         self._product = product
         self._attention = attention
         self._inputs = route.codes or route.dtype
+        self._chunk = DEVICE_CHUNK_TOKENS if route.uses_triton else PLAIN_DEVICE_CHUNK_TOKENS
 
     def norm_project(
         self, hidden: Tensor, norm: Tensor, linears: Sequence[Linear], exact_rows: int
@@ -189,8 +190,8 @@ class CudaOperations:
         Goes in chunks of tokens, large enough that bringing in the weights for each costs little.
         """
         parts = []
-        for begin in range(0, len(hidden), DEVICE_CHUNK_TOKENS):
-            part = hidden[begin : begin + DEVICE_CHUNK_TOKENS]
+        for begin in range(0, len(hidden), self._chunk):
+            part = hidden[begin : begin + self._chunk]
             exact = min(max(0, exact_rows - begin), len(part))
             inputs = self._kernels.normalize(
                 part, norm, self._eps, self._inputs, _exact_rows((gate, up), exact, len(part))
