@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from lowmem import cache
 from lowmem.compute.kernels.tuning import Tuner
@@ -53,3 +54,12 @@ def test_a_remembered_way_that_is_gone_is_chosen_anew() -> None:
 def test_where_no_way_runs_there_is_an_error() -> None:
     with pytest.raises(BackendError, match=r"no kernel runs on this card for tuning-int8-\w+ a"):
         Tuner("int8", "card").choose("a", ways([], *SECONDS), seconds)
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_way_that_cannot_be_done() -> None:
+    def shortage() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Tuner("int8", "card").choose("a", {"slow": shortage}, seconds)
+    assert cache.read_json(Tuner("int8", "card")._name) is None

@@ -35,7 +35,7 @@ def speed(
 def combinations(card):
     for variant in VARIANTS:
         for compute in COMPUTES:
-            if find(card).multiplies(compute):
+            if compute in find(card).rates:
                 for schedule in WINDOWS:
                     yield {"variant": variant, "compute": compute, "schedule": schedule}
 
@@ -92,7 +92,7 @@ def test_a_fast_link_hides_streaming_and_a_slow_one_bounds_it():
 
 
 def test_dequantization_and_longer_texts_cost_time():
-    assert speed(variant="int4") < speed(variant="int8") < speed()
+    assert speed(variant="int8") < speed(variant="int4") < speed()  # fewer bytes are read
     assert speed(compute="bf16") < speed()  # the stored weights are fp16
     assert speed(text_tokens=4096) < speed(text_tokens=64)
 

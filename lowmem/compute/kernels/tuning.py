@@ -45,12 +45,15 @@ class Tuner:
 
         Raises:
             BackendError: None of them can be done.
+            OutOfMemoryError: The device's memory is used up.
         """
         if self._chosen.get(key) not in ways:
             taken: dict[str, float] = {}
             for name, way in ways.items():
                 try:
                     taken[name] = seconds(way)
+                except torch.OutOfMemoryError:  # of the batch, not of the way
+                    raise
                 except RuntimeError as error:
                     logger.info(
                         "%s %s cannot be done in the way %s: %s", self._name, key, name, error
