@@ -104,7 +104,9 @@ def cuda_operations(compute: str, rms_norm_eps: float, head_dim: int) -> CudaOpe
     Raises:
         BackendError: The card or torch does not have this arithmetic, or gets it wrong.
     """
-    chosen = route(compute, torch.cuda.get_device_capability(), triton_works("cuda"))
+    capability = torch.cuda.get_device_capability()
+    may_use_triton = compute != "fp32" and capability >= _TRITON_CAPABILITY
+    chosen = route(compute, capability, may_use_triton and triton_works("cuda"))
     kernels, dequantize = row_kernels(chosen.uses_triton)
     product: Product
     if chosen.codes is None:
