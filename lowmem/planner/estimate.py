@@ -78,8 +78,8 @@ def tokens_per_second(
     mixing = rate if arithmetic == "fp32" else (gpu.rates or {}).get("fp16", rate)
     is_fused = gpu.compute_capability >= _TRITON_CAPABILITY and arithmetic != "fp32"
     stored, dequantized = _weight_bytes(config, formats, arithmetic, is_fused)
-    moved = tokens * _activation_bytes(plan, config, is_fused)
-    moved += tokens / min(plan.batch_tokens, DEVICE_CHUNK_TOKENS) * dequantized
+    chunks = tokens / min(plan.batch_tokens, DEVICE_CHUNK_TOKENS)
+    moved = tokens * _activation_bytes(plan, config, is_fused) + chunks * dequantized
     efficiency = EIGHT_BIT_EFFICIENCY if arithmetic in _EIGHT_BIT else PRODUCT_EFFICIENCY
     seconds = (
         products / (rate * efficiency)
