@@ -60,7 +60,8 @@ def write_variants(directory: Path, config: ModelConfig) -> None:
         if stanza is not None:
             written["quantization_config"] = stanza
         (folder / "config.json").write_text(strict_json.dumps(written))
-        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index))
 
 
 def _quantize(form: Format, weight: np.ndarray) -> dict[str, RawTensor]:
