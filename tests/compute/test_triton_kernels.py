@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_the_kernels_agree_with_plain_torch_under_the_interpreter(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-m", "gpu", "-p"]
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-m", "gpu", "-p"]
     done = subprocess.run(
         [*command, "no:cacheprovider", "tests/gpu/test_kernels.py"],
         cwd=ROOT,
