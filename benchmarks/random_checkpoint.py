@@ -56,7 +56,7 @@ def write_checkpoint(directory: Path, config: ModelConfig, shards: int = 3, seed
         with (directory / name).open("wb") as file:
             file.write(header_bytes(part))
             for spec in part.values():
-                file.write(_weights(spec, random).tobytes())
+                file.write(random_weights(spec, random).astype(np.float16).tobytes())
     (directory / INDEX_FILE).write_text(strict_json.dumps({"weight_map": weight_map}))
 
 
@@ -70,13 +70,14 @@ def _specs(config: ModelConfig) -> dict[str, TensorSpec]:
     return {**specs, FINAL_NORM: TensorSpec("F16", (config.hidden_size,))}
 
 
-def _weights(spec: TensorSpec, random: np.random.Generator) -> np.ndarray:
+def random_weights(spec: TensorSpec, random: np.random.Generator) -> np.ndarray:
+    """Weights with the spread of trained ones, float32; a vector is that of a norm."""
     if len(spec.shape) == 1:
-        return (1 + 0.1 * random.standard_normal(spec.shape, np.float32)).astype(np.float16)
+        return 1 + 0.1 * random.standard_normal(spec.shape, np.float32)
     weights = random.standard_normal(spec.shape, np.float32)
     weights *= spec.shape[1] ** -0.5
     weights[:, random.integers(0, spec.shape[1], _OUTLIERS)] *= _OUTLIER_GAIN
-    return weights.astype(np.float16)
+    return weights
 
 
 def _write_tokenizer(directory: Path) -> None:

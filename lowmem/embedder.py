@@ -71,7 +71,8 @@ class Embedder:
             variant: Such as ``int8``, or ``auto``.
             engine: ``torch``, ``onnxruntime`` or ``auto``.
             device: ``cpu``, ``cuda`` or ``auto``.
-            compute: ``fp32``, ``bf16``, ``fp16``, ``int8`` or ``auto``.
+            compute: ``fp32``, ``bf16``, ``fp16``, ``int8`` or ``auto``; on a GPU also
+                ``fp16-acc16`` and ``fp8``.
             schedule: ``resident``, ``streamed`` or ``auto``.
             floor: How faithful a plan must be: ``strict``, ``standard``, ``loose``, or
                 ``mean=…,p5=…,min=…``.

@@ -89,3 +89,20 @@ ONNX_ROUNDED_MEDIAN_COSINE = PARITY_COSINE
 # A graph in float16: weights are stored in it, and inputs, outputs and attention are rounded to it,
 # a factor of sqrt(3).
 ONNX_HALF_COSINE = (3**0.5 * FP16_VECTORS) ** 2 / 2
+
+# What stands between two products, computed in another order: float32 sums of n terms, then one
+# rounding to the dtype, of each side. Relative to the largest of a row, which bounds every element.
+# A code may fall on either side of a tie, so that two roundings differ by a whole step.
+ROW_KERNELS = {
+    "float16": 2 * UNIT_ROUNDOFF["fp16"],
+    "bfloat16": 2 * UNIT_ROUNDOFF["bf16"],
+    "int8": 1 / 127 + 1e-5,
+    "float8_e4m3fn": 2.0**-3 + 1e-5,  # a step of the largest binade
+}
+# Rows that are rounded twice: what the second rounding leaves is half a step of what the first did.
+EXACT_ROWS = {"int8": 0.5 / 127 * 0.5 / 127 + 1e-6, "float8_e4m3fn": 2.0**-4 * 2.0**-4 + 1e-6}
+# Rotations in float32, with and without a fused multiplication and addition.
+ROTATION = 4 * UNIT_ROUNDOFF["fp32"]
+# A kernel for packed texts in 16 bits: weights and the mixture are rounded once each, inputs are
+# exact; of values within [-1, 1].
+PACKED_ATTENTION = {"float16": 4 * UNIT_ROUNDOFF["fp16"], "bfloat16": 4 * UNIT_ROUNDOFF["bf16"]}

@@ -14,6 +14,8 @@ from lowmem.artifact.weights import module_shapes
 from lowmem.errors import InputError
 
 VARIANTS = ("fp16", "int8", "int4", "bnb-int8", "bnb-nf4")
+ROUNDED = "rounded"
+"""What a recipe says of activations where codes were fitted to rounded ones, BOS's included."""
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16"}
 
 
@@ -65,7 +67,7 @@ def recipe_for(variant: str, dtype: str, calibration: str | None = None) -> dict
         recipe: dict[str, Any] = {"method": "gptq", "targets": "full precision"}
         recipe |= {"calibration": calibration, "dtype": dtype}
         if variant == "int8":
-            recipe["folds"] = "smoothing"
+            recipe |= {"folds": "balanced", "activations": ROUNDED}
     else:
         recipe = {"method": "data-free", "calibration": "none", "dtype": dtype}
     if variant == "int4":

@@ -11,7 +11,9 @@ Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_def
 Variant = Annotated[str, typer.Option(help="fp16, int8, int4, bnb-int8, bnb-nf4, or auto.")]
 Engine = Annotated[str, typer.Option(help="torch, onnxruntime, or auto.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
-Compute = Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, or auto.")]
+Compute = Annotated[
+    str, typer.Option(help="fp32, bf16, fp16, int8; on a GPU also fp16-acc16, fp8; or auto.")
+]
 Schedule = Annotated[str, typer.Option(help="resident, streamed, or auto.")]
 Floor = Annotated[str, typer.Option(help="strict, standard, loose, or mean=…,p5=…,min=….")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -22,13 +22,16 @@ class Operations(Protocol):
     """What the decoder is made of; each has a plain torch form, and a backend may replace any.
 
     ``exact_rows`` is the number of leading rows whose activations are never rounded, whatever the
-    compute: all of a shared prefix, none of a text.
+    compute: all of a shared prefix, unless weights were fitted to rounded ones, and none of a text.
     """
 
     def norm_project(
         self, hidden: Tensor, norm: Tensor, linears: Sequence[Linear], exact_rows: int
     ) -> list[Tensor]:
         """RMSNorm, then each linear: ``[tokens, hidden]`` to ``[tokens, out_features]`` each."""
+
+    def rotate(self, heads: Tensor, rotation: Rotation) -> Tensor:
+        """Rotary positions: ``[tokens, heads, head_dim]``, whose memory the result may take."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         """Attention within each text: ``[tokens, heads, head_dim]`` to ``[tokens, query size]``.
@@ -122,28 +125,35 @@ def decode_layer(
     """One layer over all tokens: float32 ``[tokens, hidden]`` to the same."""
     linears = (layer.query, layer.key, layer.value)
     query, key, value = _heads(ops, layer, hidden, rotation, linears, 0)
-    key, value = _behind(prefix, rotation.apply(key), value)
-    mixed = ops.attend(rotation.apply(query), key, value, spans)
+    key, value = _behind(prefix, ops.rotate(key, rotation), value)
+    mixed = ops.attend(ops.rotate(query, rotation), key, value, spans)
     hidden = ops.project_add(mixed, layer.output, hidden, 0)
     return ops.gated_mlp(hidden, layer.mlp_norm, layer.gate, layer.up, layer.down, 0)
 
 
 def decode_prefix(
-    ops: Operations, layer: DecoderLayer, hidden: Tensor, rotation: Rotation, spans: Spans
+    ops: Operations,
+    layer: DecoderLayer,
+    hidden: Tensor,
+    rotation: Rotation,
+    spans: Spans,
+    *,
+    is_exact: bool,
 ) -> tuple[Tensor, PrefixStates]:
     """One layer over a shared prefix: float32 ``[tokens, hidden]`` to the same, and what is kept.
 
-    No activation is rounded: every text that follows sees these keys and values, and BOS carries
-    the largest activations of all.
+    Where it is exact no activation is rounded: every text that follows sees these keys and values,
+    and BOS carries the largest activations of all.
     """
-    exact = len(hidden)
+    exact = len(hidden) if is_exact else 0
     linears = (layer.query, layer.key, layer.value)
     query, key, value = _heads(ops, layer, hidden, rotation, linears, exact)
-    key = rotation.apply(key)
-    mixed = ops.attend(rotation.apply(query), key, value, spans)
+    key = ops.rotate(key, rotation)
+    mixed = ops.attend(ops.rotate(query, rotation), key, value, spans)
     hidden = ops.project_add(mixed, layer.output, hidden, exact)
     hidden = ops.gated_mlp(hidden, layer.mlp_norm, layer.gate, layer.up, layer.down, exact)
-    return hidden, PrefixStates(key, value)
+    # Clones, for they may be views of all that was projected.
+    return hidden, PrefixStates(key.clone(), value.clone())
 
 
 def decode_last_layer(
@@ -159,11 +169,11 @@ def decode_last_layer(
     Keys and values need every token; queries, output and MLP only those that are pooled.
     """
     key, value = _heads(ops, layer, hidden, rotation, (layer.key, layer.value), 0)
-    key, value = _behind(prefix, rotation.apply(key), value)
+    key, value = _behind(prefix, ops.rotate(key, rotation), value)
     last = spans.last_tokens
     pooled = hidden[last]
     (query,) = _heads(ops, layer, pooled, rotation, (layer.query,), 0)
-    query = rotation.select(last).apply(query)
+    query = ops.rotate(query, rotation.select(last))
     mixed = ops.attend(query, key, value, spans.of_last_tokens())
     pooled = ops.project_add(mixed, layer.output, pooled, 0)
     return ops.gated_mlp(pooled, layer.mlp_norm, layer.gate, layer.up, layer.down, 0)

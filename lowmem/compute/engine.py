@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lowmem.artifact import stock_files
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.variants import ROUNDED
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.plan import Plan
 from lowmem.errors import BackendError, InputError
@@ -66,6 +67,7 @@ class Runner:
         )
         self.hidden_size = checkpoint.config.hidden_size
         self.normalizes = plan.engine == "onnxruntime" and bundle.contract.normalize_embeddings
+        self._rounds_prefixes = rounds_prefixes(plan, bundle.variant(plan.variant).recipe)
         self._engine = _open_engine(bundle, checkpoint, plan)
 
     def embed(
@@ -108,7 +110,7 @@ class Runner:
             self.plan.batch_tokens,
             batch_size=batch_size,
             pooling=self.contract.pooling,
-            shortest_prefix=shortest_prefix(self.plan, self.contract),
+            shortest_prefix=shortest_prefix(self.plan, self.contract, self._rounds_prefixes),
         )
         copies = np.bincount(first_rows, minlength=len(texts))
         for window in self._windows(batches):
@@ -164,15 +166,26 @@ def unit_length(vectors: Vectors) -> Vectors:
     return unit
 
 
-def shortest_prefix(plan: Plan, contract: Contract) -> int | None:
+def shortest_prefix(plan: Plan, contract: Contract, rounds_prefixes: bool = False) -> int | None:
     """Fewest tokens of a prefix that a plan computes apart, or None where it computes none apart.
 
     A prefix may see no later token and not be pooled. Where activations are rounded every prefix
-    counts, since its own are kept exact, and BOS carries the largest of all.
+    counts, since its own are kept exact and BOS carries the largest of all; but not where codes
+    were fitted to rounded prefixes.
     """
     if plan.engine != "torch" or not contract.is_causal or contract.pooling != "lasttoken":
         return None
-    return 1 if plan.compute == "int8" else _SHORTEST_PREFIX
+    rounds_texts_alone = plan.compute in ("int8", "fp8") and not rounds_prefixes
+    return 1 if rounds_texts_alone else _SHORTEST_PREFIX
+
+
+def rounds_prefixes(plan: Plan, recipe: Mapping[str, Any]) -> bool:
+    """Whether 8-bit compute rounds a shared prefix like any other token.
+
+    It does where the variant's codes were fitted to inputs that were all rounded: an exact prefix
+    is not what they expect, and moves vectors further from the reference than a rounded one.
+    """
+    return plan.compute == "int8" and recipe.get("activations") == ROUNDED
 
 
 def _open_engine(bundle: Bundle, checkpoint: Checkpoint, plan: Plan) -> Engine:
@@ -187,6 +200,7 @@ def _open_engine(bundle: Bundle, checkpoint: Checkpoint, plan: Plan) -> Engine:
             schedule=plan.schedule,
             kept_layers=plan.kept_layers,
             drops_cache=plan.drops_cache,
+            rounds_prefixes=rounds_prefixes(plan, bundle.variant(plan.variant).recipe),
             threads=plan.threads,
         )
     from lowmem.compute.onnx_engine import OnnxEngine

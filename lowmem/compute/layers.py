@@ -95,6 +95,8 @@ def run(
     contract: Contract,
     on_layer: Observer | None = None,
     prefixes: PrefixCache | None = None,
+    *,
+    rounds_prefixes: bool = False,
 ) -> list[Tensor]:
     """Pushes batches through the whole stack, layer by layer.
 
@@ -109,6 +111,7 @@ def run(
             computed for all tokens, too.
         prefixes: What is known of shared prefixes, and where to keep what is found; without it
             each is computed once for this call.
+        rounds_prefixes: Whether 8-bit compute rounds shared prefixes as it rounds texts.
 
     Returns:
         For each batch the pooled vectors, not normalised, float32 ``[texts, hidden]``.
@@ -123,7 +126,7 @@ def run(
         is_last = layer.index == config.num_hidden_layers - 1
         decode = decode_last_layer if is_last and last_tokens_only else decode_layer
         for prefix in shared.values():
-            prefix.go_through(ops, layer)
+            prefix.go_through(ops, layer, is_exact=not rounds_prefixes)
         for number, step in enumerate(steps):
             prefix_states = shared[step.prefix].states[layer.index] if step.prefix else None
             hidden[number] = decode(
@@ -173,11 +176,11 @@ class _PrefixStep:
             self._spans = Spans.of([len(tokens)], 0, True, device)
             self._hidden = _embed(tokens, ends.embedding).to(device)
 
-    def go_through(self, ops: Operations, layer: DecoderLayer) -> None:
+    def go_through(self, ops: Operations, layer: DecoderLayer, *, is_exact: bool) -> None:
         """Computes the layer, unless it was known."""
         if not self._is_known:
             self._hidden, states = decode_prefix(
-                ops, layer, self._hidden, self._rotation, self._spans
+                ops, layer, self._hidden, self._rotation, self._spans, is_exact=is_exact
             )
             self.states.append(states)
 

@@ -7,10 +7,17 @@ from typing import Any
 
 ENGINES = ("torch", "onnxruntime")
 DEVICES = ("cpu", "cuda")
-COMPUTES = ("fp32", "bf16", "fp16", "int8")
+COMPUTES = ("fp32", "bf16", "fp16", "fp16-acc16", "int8", "fp8")
+COMPUTES_OF_DEVICE = {"cpu": ("fp32", "bf16", "fp16", "int8"), "cuda": COMPUTES}
+INT8_CAPABILITY = (7, 5)
+"""Compute capability from which CUDA cards multiply 8-bit matrices in tensor cores."""
 SCHEDULES = ("resident", "streamed")
 CHUNK_BYTES = 16 * 2**20
-"""Size of a temporary in an operation; more tokens than fit into it go through in chunks."""
+"""Size of a temporary in an operation on a CPU; more tokens than fit go through in chunks."""
+DEVICE_CHUNK_TOKENS = 8192
+"""The same on a CUDA device, in tokens: weights are dequantized again for each chunk."""
+PLAIN_DEVICE_CHUNK_TOKENS = 2048
+"""The same where plain kernels serve there, which hold float32 copies of what they work on."""
 PREFIX_TOKENS = 256
 """Tokens of shared prefixes whose keys and values an engine keeps from pass to pass."""
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.decoder import Operations
@@ -19,6 +20,7 @@ from lowmem.compute.heap import keep_freed_memory
 from lowmem.compute.latent_attention import LatentAttention
 from lowmem.compute.layers import Ends, Observer, run
 from lowmem.compute.operations import int8
+from lowmem.compute.operations.cuda import cuda_operations
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
 from lowmem.compute.plan import PREFIX_TOKENS
@@ -50,6 +52,7 @@ class TorchEngine:
         schedule: str = "resident",
         kept_layers: int = 0,
         drops_cache: bool = False,
+        rounds_prefixes: bool = False,
         threads: int | None = None,
     ) -> None:
         """Brings the weights to where the schedule wants them.
@@ -58,15 +61,17 @@ class TorchEngine:
             checkpoint: The variant's directory, opened.
             contract: The bundle's input contract.
             device: ``cpu`` or ``cuda``.
-            compute: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+            compute: One of those that ``COMPUTES_OF_DEVICE`` has for the device.
             schedule: ``resident`` keeps the weights on the device (on a CPU: mapped);
                 ``streamed`` reads layers from disk while others compute.
             kept_layers: How many layers a streamed plan keeps all the same.
             drops_cache: Whether what is streamed is let go from the page cache behind it.
+            rounds_prefixes: Whether 8-bit compute rounds shared prefixes as it rounds texts.
             threads: CPU threads of this process's torch, or None to leave them.
 
         Raises:
-            BackendError: There is no such device, or float32 products would not be float32.
+            BackendError: There is no such device, it has not this arithmetic, or float32 products
+                would not be float32.
             CapacityError: The weights do not fit the device.
         """
         if device == "cuda" and not torch.cuda.is_available():
@@ -82,9 +87,10 @@ class TorchEngine:
         self._config = checkpoint.config
         self._contract = contract
         self._device = device
-        self._ops = _operations(device, compute, checkpoint.config.rms_norm_eps)
+        self._ops = _operations(checkpoint.config, device, compute)
         self._is_resident = schedule == "resident"
         self._prefixes = PrefixCache(PREFIX_TOKENS)
+        self._rounds_prefixes = rounds_prefixes
         self._one_pass = threading.Lock()
         self._times_out_of_memory = 0
         self._most_tokens: int | None = None
@@ -177,17 +183,19 @@ class TorchEngine:
                 self._contract,
                 on_layer,
                 self._prefixes,
+                rounds_prefixes=self._rounds_prefixes,
             )
         return [vector.cpu().numpy() for vector in vectors]
 
 
-def _operations(device: str, compute: str, rms_norm_eps: float) -> Operations:
+def _operations(config: ModelConfig, device: str, compute: str) -> Operations:
     """The fastest form of the four operations; which one does not change the plan."""
-    if device == "cpu":
-        keep_freed_memory()
-        if compute == "int8" and int8.is_exact_and_faster(torch.get_num_threads()):
-            return int8.Int8Operations(rms_norm_eps)
-    return PlainOperations(compute, rms_norm_eps)
+    if device == "cuda":
+        return cuda_operations(compute, config.rms_norm_eps, config.head_dim)
+    keep_freed_memory()
+    if compute == "int8" and int8.is_exact_and_faster(torch.get_num_threads()):
+        return int8.Int8Operations(config.rms_norm_eps)
+    return PlainOperations(compute, config.rms_norm_eps)
 
 
 def _load_ends(checkpoint: Checkpoint, device: str) -> Ends:

@@ -13,7 +13,15 @@ from lowmem.artifact.formats import Format
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.variants import VARIANTS, formats_for
 from lowmem.artifact.weights import Checkpoint
-from lowmem.compute.plan import COMPUTES, DEVICES, ENGINES, SCHEDULES, Plan
+from lowmem.compute.plan import (
+    COMPUTES,
+    COMPUTES_OF_DEVICE,
+    DEVICES,
+    ENGINES,
+    INT8_CAPABILITY,
+    SCHEDULES,
+    Plan,
+)
 from lowmem.errors import BackendError, InputError
 from lowmem.hardware import Hardware
 from lowmem.planner import memory
@@ -148,7 +156,7 @@ def candidates(subject: Subject, hardware: Hardware, wishes: Wishes) -> list[Pla
         wanted = ", ".join(f"{k} {v}" for k, v in vars(wishes).items() if v != AUTO)
         raise InputError(
             f"no plan has {wanted}: onnxruntime runs fp16, int8 and int4 as their graphs are "
-            "computed, always resident; torch runs everything"
+            "computed, always resident; torch runs everything, fp16-acc16 and fp8 on a GPU alone"
         )
     plans = _without_thrashing(plans, subject, hardware, wishes)
     return _without_needless_streaming(plans, wishes)
@@ -158,7 +166,7 @@ def _combinations(subject: Subject, hardware: Hardware) -> Iterator[Plan]:
     devices = ["cuda", "cpu"] if hardware.gpus else ["cpu"]
     for variant in subject.formats:
         for device in devices:
-            for compute in COMPUTES:
+            for compute in COMPUTES_OF_DEVICE[device]:
                 for schedule in SCHEDULES:
                     yield _plan(subject, hardware, variant, "torch", device, compute, schedule)
             for compute in dict.fromkeys(subject.graphs.get(variant, {}).values()):
@@ -230,8 +238,11 @@ def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:
         return f"{plan.engine} is not installed: pip install 'lowmem[{plan.device}]'"
     if plan.device == "cuda":
         gpu = hardware.gpus[0]
-        too_old = plan.compute in ("bf16", "fp16") and not gpu.multiplies(plan.compute)
-        return f"this GPU has no {plan.compute} arithmetic" if too_old else None
+        if not gpu.multiplies(plan.compute):
+            return f"this GPU has no {plan.compute} arithmetic"
+        if plan.compute == "int8" and gpu.compute_capability < INT8_CAPABILITY:
+            return "8-bit products need tensor cores, compute capability 7.5 or above"
+        return None
     if plan.engine == "onnxruntime":
         if plan.compute == "fp16":
             return "the fp16 graph is for CUDA"

@@ -10,31 +10,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lowmem.artifact.config import ModelConfig
-from lowmem.artifact.formats import Format, Plain
+from lowmem.artifact.formats import BnbInt8, Format, Int8Channel, Plain
 from lowmem.artifact.weights import module_shapes
-from lowmem.compute.plan import Plan
+from lowmem.compute.plan import COMPUTES, DEVICE_CHUNK_TOKENS, Plan
 from lowmem.hardware import Gpu
-from lowmem.planner.memory import PRODUCT_BYTES
 
 TEXT_TOKENS = 512
 PRODUCT_EFFICIENCY = 0.8
 ATTENTION_EFFICIENCY = 0.3
 MEMORY_EFFICIENCY = 0.8
 
-# What multiplies, by engine and compute. torch's 8-bit compute multiplies whole numbers as float32.
-# ONNX Runtime's CUDA kernels for its other graphs are not known well enough.
-_ARITHMETIC = {
-    ("torch", "fp32"): "fp32",
-    ("torch", "bf16"): "bf16",
-    ("torch", "fp16"): "fp16",
-    ("torch", "int8"): "fp32",
-    ("onnxruntime", "fp16"): "fp16",
-}
-_NATIVE = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+# 8-bit products by Triton or CUTLASS, whose tiles are not made for one card each.
+EIGHT_BIT_EFFICIENCY = 0.6
+# On data-centre Blackwell 8-bit integers have kernels of older cards alone, "6-13x slower than
+# tf32" (pytorch#187094), and tf32 is half of fp16.
+_INT8_IS_SLOW, _SLOW_INT8_SHARE_OF_FP16 = ((10, 0), (10, 3)), 0.5 / 8
 
-# Passes over float32 activations in a layer: norms and residual, rotation, SiLU and product.
-_HIDDEN_PASSES, _HEAD_PASSES, _INNER_PASSES, _ROUNDING_PASSES = 16, 9, 8, 5
-# Bytes moved per weight to unpack codes into float32: of 8 bits in one pass, of fewer by a table.
+# What multiplies, by engine and compute.
+# ONNX Runtime's CUDA kernels for its other graphs are not known well enough.
+_ARITHMETIC = {("torch", compute): compute for compute in COMPUTES}
+_ARITHMETIC["onnxruntime", "fp16"] = "fp16"
+_NATIVE = {"bf16": "BF16", "fp16": "F16", "fp16-acc16": "F16", "fp32": "F32"}
+_EIGHT_BIT = ("int8", "fp8")
+
+# Passes over float32 activations in a layer: norms and residual; rotation; SiLU and product. Plain
+# kernels make several of each; those of Triton read and write 16 bits or less, once.
+_PLAIN_PASSES, _FUSED_PASSES = (16, 9, 8), (8, 3, 3)
+_ROUNDING_PASSES = 5
+_TRITON_CAPABILITY = (8, 0)
+# Bytes moved per weight to unpack codes by plain kernels: of 8 bits, or of fewer by a table.
 _BYTE_CODES_BYTES, _TABLE_CODES_BYTES = 4, 16
 
 
@@ -63,18 +67,23 @@ def tokens_per_second(
         engine whose kernels are not known.
     """
     arithmetic = _ARITHMETIC.get((plan.engine, plan.compute))
-    rate = (gpu.rates or {}).get(arithmetic or "")
+    rate = _rate(arithmetic or "", gpu)
     if plan.device != "cuda" or arithmetic is None or rate is None or gpu.memory_bandwidth is None:
         return None
     tokens = plan.window_tokens
     products = 2 * config.linear_weights * tokens
     # Scores and their product with the values, for half of all pairs of tokens.
     attention = 2 * config.num_hidden_layers * config.query_size * text_tokens * tokens
-    stored, dequantized = _weight_bytes(config, formats, arithmetic)
-    moved = tokens * _activation_bytes(plan, config) + tokens / plan.batch_tokens * dequantized
+    # Attention is computed in 16 bits, unless all is in 32.
+    mixing = rate if arithmetic == "fp32" else (gpu.rates or {}).get("fp16", rate)
+    is_fused = gpu.compute_capability >= _TRITON_CAPABILITY and arithmetic != "fp32"
+    stored, dequantized = _weight_bytes(config, formats, arithmetic, is_fused)
+    chunks = tokens / min(plan.batch_tokens, DEVICE_CHUNK_TOKENS)
+    moved = tokens * _activation_bytes(plan, config, is_fused) + chunks * dequantized
+    efficiency = EIGHT_BIT_EFFICIENCY if arithmetic in _EIGHT_BIT else PRODUCT_EFFICIENCY
     seconds = (
-        products / (rate * PRODUCT_EFFICIENCY)
-        + attention / (rate * ATTENTION_EFFICIENCY)
+        products / (rate * efficiency)
+        + attention / (mixing * ATTENTION_EFFICIENCY)
         + moved / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)
     )
     if plan.schedule == "streamed":
@@ -86,35 +95,49 @@ def tokens_per_second(
     return tokens / seconds
 
 
-def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
+def _rate(arithmetic: str, gpu: Gpu) -> float | None:
+    """Operations per second, by the card's description and what is known of its kernels."""
+    rates = gpu.rates or {}
+    rate = rates.get(arithmetic)
+    if arithmetic == "int8" and gpu.compute_capability in _INT8_IS_SLOW and "fp16" in rates:
+        return _SLOW_INT8_SHARE_OF_FP16 * rates["fp16"]
+    return rate
+
+
+def _activation_bytes(plan: Plan, config: ModelConfig, is_fused: bool) -> int:
     """Bytes that a token's activations move between products, in all layers."""
-    rounding = _ROUNDING_PASSES if plan.compute == "int8" else 0
-    heads = config.query_size + config.key_value_size
+    hidden, heads, inner = _FUSED_PASSES if is_fused else _PLAIN_PASSES
+    rounding = _ROUNDING_PASSES if plan.compute in _EIGHT_BIT and not is_fused else 0
     passes = (
-        (_HIDDEN_PASSES + 2 * rounding) * config.hidden_size
-        + _HEAD_PASSES * heads
+        (hidden + 2 * rounding) * config.hidden_size
+        + heads * (config.query_size + config.key_value_size)
         + rounding * config.query_size
-        + (_INNER_PASSES + rounding) * config.intermediate_size
+        + (inner + rounding) * config.intermediate_size
     )
     return 4 * passes * config.num_hidden_layers
 
 
 def _weight_bytes(
-    config: ModelConfig, formats: Mapping[str, Format], arithmetic: str
+    config: ModelConfig, formats: Mapping[str, Format], arithmetic: str, is_fused: bool
 ) -> tuple[int, int]:
-    """Bytes of all stored weights, and those moved to bring each once into the product's dtype."""
-    width = PRODUCT_BYTES[arithmetic]
+    """Bytes of all stored weights, and those moved to bring each once into the product's form."""
+    width = 4 if arithmetic == "fp32" else 2
     stored = moved = 0
     for module, (rows, columns) in module_shapes(config).items():
         form = formats[module]
         nbytes = sum(spec.nbytes for spec in form.specs(rows, columns).values())
         stored += nbytes
-        if isinstance(form, Plain):
-            if form.dtype != _NATIVE[arithmetic]:
-                moved += nbytes + rows * columns * width
+        weights = rows * columns
+        if arithmetic == "int8" and isinstance(form, Int8Channel | BnbInt8):
             continue
-        unpacked = _BYTE_CODES_BYTES if form.bits == 8 else _TABLE_CODES_BYTES
-        # Scales are applied in float32, which is then rounded to the dtype of narrower products.
-        rounded = 0 if width == 4 else 4 + width
-        moved += nbytes + rows * columns * (unpacked + rounded)
+        if not isinstance(form, Plain):
+            moved += nbytes + weights * width
+            if not is_fused:
+                # Scales are applied in float32, which is then rounded to a narrower dtype.
+                unpacked = _BYTE_CODES_BYTES if form.bits == 8 else _TABLE_CODES_BYTES
+                moved += weights * (unpacked + (0 if width == 4 else 4))
+        elif arithmetic not in _EIGHT_BIT and form.dtype != _NATIVE[arithmetic]:
+            moved += nbytes + weights * width
+        if arithmetic in _EIGHT_BIT:
+            moved += weights * (width + 1)
     return stored, moved

@@ -13,6 +13,7 @@ from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.weights import module_shapes
 from lowmem.compute.plan import CHUNK_BYTES, PREFIX_TOKENS, Plan
+from lowmem.planner import device_memory
 
 MIB = 2**20
 # Interpreter, libraries and thread pools with no model loaded, measured as RssAnon.
@@ -29,7 +30,7 @@ _HEAP_SLACK_BYTES = 315 * MIB
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
 _LATENT_BLOCK_BYTES = 64 * MIB
 
-PRODUCT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 4}
+PRODUCT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp16-acc16": 2, "int8": 4, "fp8": 2}
 
 
 def predict(
@@ -50,8 +51,13 @@ def predict(
         return _onnx(plan, config, formats)
     weights = stored_bytes(config, formats)
     layer = weights // config.num_hidden_layers
-    scratch = _scratch_bytes(plan, config, formats)
-    activations = max(_activation_bytes(plan, config), _pooling_bytes(plan, config))
+    if plan.device == "cuda":
+        scratch = device_memory.scratch_bytes(plan, config, formats)
+        activations = device_memory.activation_bytes(plan, config, formats)
+    else:
+        scratch = _scratch_bytes(plan, config, formats)
+        activations = _activation_bytes(plan, config)
+    activations = max(activations, _pooling_bytes(plan, config))
     work = scratch + activations + _hidden_bytes(plan, config) + _prefix_bytes(plan, config)
     folded, kept = _latent_bytes(config)
     streamed = 2 * layer if plan.schedule == "streamed" else 0
@@ -82,14 +88,12 @@ def stored_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
 
 
 def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
-    """The one buffer that matrices are dequantized into."""
+    """The one buffer that matrices are dequantized into on a CPU."""
     native = {"bf16": "BF16", "fp16": "F16"}.get(plan.compute)
     is_native = all(isinstance(form, Plain) and form.dtype == native for form in formats.values())
-    if is_native and plan.device == "cuda":
-        return 0
     largest = max(rows * columns for rows, columns in config.linears().values())
-    # On a CPU oneDNN reorders a 16-bit matrix into a buffer of its own.
-    copies = 2 if plan.device == "cpu" and native is not None and not is_native else 1
+    # oneDNN reorders a 16-bit matrix into a buffer of its own.
+    copies = 2 if native is not None and not is_native else 1
     return copies * largest * PRODUCT_BYTES[plan.compute]
 
 

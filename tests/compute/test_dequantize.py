@@ -24,6 +24,7 @@ from lowmem.artifact.weights import LinearWeights
 from lowmem.compute.operations import dequantize
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear, to_torch
+from tests.stored_weights import random_weights
 
 # Other processes may hold the cores for seconds.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -41,56 +42,6 @@ FORMATS: tuple[Format, ...] = (
     BnbNf4(group_size=64),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def random_weights(form: Format, rows: int, columns: int, seed: int = 0) -> LinearWeights:
-    """Any codes at all, under scales of many sizes."""
-    noise = np.random.default_rng(seed)
-
-    def scales(*shape: int) -> np.ndarray:
-        return (0.01 * np.exp(2 * noise.standard_normal(shape))).astype(np.float32)
-
-    tensors: dict[str, RawTensor]
-    if isinstance(form, Plain):
-        weight = (noise.standard_normal((rows, columns)) * scales(rows, 1)).astype(np.float32)
-        if form.dtype == "F16":
-            weight = weight.astype(np.float16)
-        elif form.dtype == "BF16":
-            weight = (weight.view(np.uint32) >> 16).astype(np.uint16)
-        tensors = {"weight": RawTensor(form.dtype, weight)}
-    elif isinstance(form, Int8Channel):
-        codes = noise.integers(-127, 128, (rows, columns), np.int8)
-        tensors = {
-            "weight": RawTensor("I8", codes),
-            "weight_scale": RawTensor("F32", scales(rows, 1)),
-        }
-    elif isinstance(form, BnbInt8):
-        codes = noise.integers(-127, 128, (rows, columns), np.int8)
-        tensors = {"weight": RawTensor("I8", codes), "SCB": RawTensor("F32", scales(rows))}
-    elif isinstance(form, IntGrouped):
-        half = 1 << (form.bits - 1)
-        codes = noise.integers(-half, half, (rows, columns), np.int8)
-        groups = scales(rows, columns // form.group_size).astype(np.float16)
-        tensors = {
-            "weight_packed": RawTensor("I32", int_grouped.pack(codes, form.bits)),
-            "weight_scale": RawTensor("F16", groups),
-        }
-    else:
-        nibbles = noise.integers(0, 16, (rows, columns), np.uint8)
-        blocks = scales(rows * columns // form.group_size)
-        tensors = {
-            "weight": RawTensor("U8", bnb_nf4.pack(nibbles)),
-            "weight.absmax": RawTensor("F32", blocks),
-        }
-    if isinstance(form, BnbInt8 | IntGrouped | BnbNf4):
-        tensors |= {suffix: form.constant(suffix, rows, columns) for suffix in form.constants}
-    specs = form.specs(rows, columns)
-    assert {name: (raw.dtype, raw.shape) for name, raw in tensors.items()} == {
-        name: (spec.dtype, spec.shape) for name, spec in specs.items()
-    }
-    # As from a file: torch warns of arrays that cannot be written.
-    tensors = {name: RawTensor(raw.dtype, raw.array.copy()) for name, raw in tensors.items()}
-    return LinearWeights(form, rows, columns, tensors)
 
 
 def restored(weights: LinearWeights, dtype: torch.dtype) -> Tensor:

@@ -98,6 +98,27 @@ def test_a_turing_card_has_no_bf16():
     assert "no bf16" in found["int4-torch-cuda-bf16-resident"].dropped
 
 
+def cards(capability):
+    card = replace(RTX_3060, compute_capability=capability)
+    return plans(replace(MODERN, gpus=(card,)))
+
+
+def test_computes_of_a_card_follow_its_capability():
+    assert "no fp8" in cards((8, 6))["fp16-torch-cuda-fp8-streamed"].dropped
+    assert cards((8, 9))["fp16-torch-cuda-fp8-streamed"].dropped is None
+    for capability in ((7, 5), (8, 6), (12, 0)):
+        assert cards(capability)["int8-torch-cuda-int8-resident"].dropped is None
+        assert cards(capability)["int4-torch-cuda-fp16-acc16-resident"].dropped is None
+    assert "capability 7.5" in cards((7, 0))["int8-torch-cuda-int8-resident"].dropped
+
+
+def test_what_only_cards_compute_is_no_plan_of_a_cpu():
+    found = cards((8, 9))
+    assert not {id for id in found if "-cpu-fp8" in id or "-cpu-fp16-acc16" in id}
+    with pytest.raises(InputError, match="fp16-acc16 and fp8 on a GPU alone"):
+        plans(MODERN, device="cpu", compute="fp8")
+
+
 def test_a_plan_never_has_more_threads_than_the_machine():
     assert {plan.threads for plan in plans(OLD).values()} == {4}
 

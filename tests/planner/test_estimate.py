@@ -4,8 +4,8 @@ import pytest
 
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.variants import VARIANTS, formats_for
-from lowmem.compute.operations.plain import PRODUCT_DTYPES
-from lowmem.compute.plan import Plan
+from lowmem.compute.operations import cuda
+from lowmem.compute.plan import COMPUTES, Plan
 from lowmem.planner import estimate
 from lowmem.planner.cards import find
 from lowmem.planner.estimate import tokens_per_second
@@ -34,8 +34,8 @@ def speed(
 
 def combinations(card):
     for variant in VARIANTS:
-        for compute in PRODUCT_DTYPES:
-            if find(card).multiplies(compute):
+        for compute in COMPUTES:
+            if compute in find(card).rates:
                 for schedule in WINDOWS:
                     yield {"variant": variant, "compute": compute, "schedule": schedule}
 
@@ -45,7 +45,7 @@ def test_a_plan_of_the_16_bit_weights_takes_the_time_of_its_sums():
     small = replace(small, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     rates = {"fp16": 1e12}
     weights = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 128
-    passes = 16 * 64 + 9 * (64 + 32) + 8 * 128
+    passes = 8 * 64 + 3 * (64 + 32) + 3 * 128
     seconds = 2 * weights / (0.8 * 1e12) + 2 * 64 * 100 / (0.3 * 1e12)
     seconds += 4 * passes / (0.8 * 1e11)
     found = speed(config=small, text_tokens=100, rates=rates, memory_bandwidth=1e11)
@@ -60,7 +60,8 @@ def test_an_estimate_is_near_a_published_speed():
 def test_no_estimate_is_above_the_rate_of_the_products():
     for card in CARDS:
         for combination in combinations(card):
-            peak = find(card).rates["fp16"] / (2 * SEVEN_B.linear_weights)
+            rate = max(find(card).rates[combination["compute"]], find(card).rates["fp16"])
+            peak = rate / (2 * SEVEN_B.linear_weights)
             assert 0 < speed(card, **combination) < peak
 
 
@@ -91,15 +92,33 @@ def test_a_fast_link_hides_streaming_and_a_slow_one_bounds_it():
 
 
 def test_dequantization_and_longer_texts_cost_time():
-    assert speed(variant="int4") < speed(variant="int8") < speed()
+    assert speed(variant="int8") < speed(variant="int4") < speed()  # fewer bytes are read
     assert speed(compute="bf16") < speed()  # the stored weights are fp16
     assert speed(text_tokens=4096) < speed(text_tokens=64)
 
 
-def test_products_are_estimated_in_the_dtype_that_torch_multiplies():
-    named = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
-    for compute, dtype in PRODUCT_DTYPES.items():
-        assert str(dtype) == named[estimate._ARITHMETIC["torch", compute]]
+def test_every_compute_of_torch_is_estimated_by_a_rate_of_its_own():
+    assert all(estimate._ARITHMETIC["torch", compute] == compute for compute in COMPUTES)
+
+
+def test_8_bit_products_of_8_bit_weights_are_estimated_fastest():
+    for card in ("RTX 3060", "RTX 4090"):
+        best = max(("fp16", "fp16-acc16", "int8"), key=lambda one: speed(card, "int8", one))
+        assert best == "int8"
+    assert speed("RTX 2060 6GB", "int8", "int8") > speed("RTX 2060 6GB", "int8", "fp16")
+
+
+def test_weights_that_are_not_8_bit_cost_8_bit_products_their_rounding():
+    assert speed(variant="int4", compute="int8") < speed(variant="int8", compute="int8")
+    assert speed(variant="bnb-int8", compute="int8") == speed(variant="int8", compute="int8")
+
+
+def test_8_bit_integers_are_slow_on_data_centre_blackwell_and_fp8_is_preferred():
+    rates = {"fp16": 2.2e15, "bf16": 2.2e15, "int8": 4.5e15, "fp8": 4.5e15, "fp32": 7e13}
+    card = {"compute_capability": (10, 0), "rates": rates, "memory_bandwidth": 8e12}
+    assert speed(variant="int8", compute="int8", **card) < speed(variant="int8", **card)
+    assert speed(variant="int8", compute="fp8", **card) > speed(variant="int8", **card)
+    assert estimate._TRITON_CAPABILITY == cuda._TRITON_CAPABILITY
 
 
 @pytest.mark.parametrize(

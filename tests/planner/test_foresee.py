@@ -138,7 +138,7 @@ def test_the_reason_names_the_plan_that_a_report_would_bring():
     fastest = max(
         (plan for plan in found.plans if plan.dropped is None), key=lambda plan: plan.speed
     )
-    assert fastest.compute == "fp16"
+    assert fastest.compute == "int8"
     assert f"{fastest.id}, an estimated {fastest.speed:.0f} tokens/s, would be" in found.reason
 
 

@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 
 from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.formats import Int8Channel
 from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.artifact.variants import formats_for
-from lowmem.compute.plan import Plan
-from lowmem.planner import memory
+from lowmem.compute.plan import PREFIX_TOKENS, Plan
+from lowmem.planner import device_memory, memory
 
 GIB = 2**30
 SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
@@ -67,6 +68,49 @@ def test_resident_on_a_device_holds_all_weights_and_streamed_two_layers():
     assert resident - streamed == pytest.approx(layers * 30 / 32)
 
 
+def cuda(variant, compute, **changes):
+    return predict(variant, "cuda", compute, **changes)[1]
+
+
+def test_7b_plans_hold_their_ceilings_at_texts_of_4096_tokens():
+    assert cuda("int4", "fp16") < 6 * GIB
+    for variant in ("fp16", "int8", "int4", "bnb-int8", "bnb-nf4"):
+        window = {"schedule": "streamed", "window_tokens": 4 * 4096}
+        for compute in ("bf16", "fp16", "fp16-acc16", "int8", "fp8"):
+            assert cuda(variant, compute, **window) < 3.5 * GIB
+
+
+def test_a_device_needs_scratch_only_where_weights_change_their_form():
+    matrix = 14336 * 4096
+    streamed = {"schedule": "streamed", "batch_tokens": 1, "window_tokens": 1}
+    for variant, compute, scratch in (
+        ("fp16", "fp16", 0),
+        ("fp16", "bf16", 2 * matrix),
+        ("fp16", "int8", 3 * matrix),
+        ("int8", "int8", 0),
+        ("int8", "fp8", 3 * matrix),
+        ("int4", "fp16", 2 * matrix),
+    ):
+        formats = formats_for(variant, SEVEN_B, "F16")
+        plan = Plan(variant, "torch", "cuda", compute, **streamed)
+        assert device_memory.scratch_bytes(plan, SEVEN_B, formats) == scratch
+
+
+def test_a_device_holds_one_chunk_of_the_mlp_however_large_the_batch():
+    small, large = (
+        cuda("fp16", "fp16", batch_tokens=tokens, window_tokens=tokens) for tokens in (8192, 16384)
+    )
+    assert large - small == 8 * 4096 * 8192
+
+
+def test_linears_that_are_kept_exact_make_rows_twice_as_long():
+    formats = formats_for("int8", SEVEN_B, "F16")
+    exact = {**formats, "layers.1.mlp.down_proj": Int8Channel(rounds_activations=False)}
+    plan = Plan("int8", "torch", "cuda", "int8", "resident")
+    less, more = (device_memory.activation_bytes(plan, SEVEN_B, one) for one in (formats, exact))
+    assert more - less == 14336 * 4096
+
+
 def test_memory_grows_with_the_token_budget():
     small = predict("int4", batch_tokens=1024, window_tokens=1024)[0]
     assert predict("int4", batch_tokens=8192, window_tokens=8192)[0] > small
@@ -76,7 +120,8 @@ def test_a_chunk_is_never_larger_than_what_it_is_cut_from():
     less = predict("int4", batch_tokens=1, window_tokens=1)[0] - memory.TORCH_BASE_BYTES
     matrix = 4 * 4096 * 14336
     token = 4 * 4096 + 4 * (4 * 4096 + 3 * 1024) + 2 * 4 * 14336
-    assert less == matrix + 2 * token  # as much again for what the heap keeps
+    prefixes = 2 * PREFIX_TOKENS * 32 * 1024 * 4
+    assert less == matrix + prefixes + 2 * token  # as much again for what the heap keeps
 
 
 def test_16_bit_weights_in_their_own_dtype_need_no_scratch():

@@ -18,6 +18,7 @@ from lowmem.artifact.formats.bnb_nf4 import CODE_BOOK
 from lowmem.compute.operations.linear import Linear
 
 _BLOCK_ELEMENTS = 2**18
+_DEVICE_BLOCK_ELEMENTS = 2**22  # enough to occupy a card, and little beside the weight itself
 
 
 def dequantize_into(weight: Tensor, linear: Linear) -> None:
@@ -30,16 +31,18 @@ def dequantize_into(weight: Tensor, linear: Linear) -> None:
     if isinstance(linear.format, Plain) and not _is_slow(weight, linear.tensors["weight"]):
         weight.copy_(linear.tensors["weight"])
         return
-    if weight.device.type != "cpu":
-        _dequantize_rows(weight, linear, 0, linear.out_features)
-        return
-    rows = max(1, _BLOCK_ELEMENTS // linear.in_features)
+    on_cpu = weight.device.type == "cpu"
+    rows = max(1, (_BLOCK_ELEMENTS if on_cpu else _DEVICE_BLOCK_ELEMENTS) // linear.in_features)
 
     def one(begin: int) -> None:
         with torch.inference_mode():
             end = min(begin + rows, linear.out_features)
             _dequantize_rows(weight[begin:end], linear, begin, end)
 
+    if not on_cpu:
+        for begin in range(0, linear.out_features, rows):
+            one(begin)
+        return
     threads = torch.get_num_threads()
     # Each block is one task; list() waits for all and raises what any of them raised.
     list(_pool(threads).map(one, range(0, linear.out_features, rows)))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowmem.artifact.formats import Plain
 from lowmem.compute.attention import Spans, attend
-from lowmem.compute.decoder import rms_norm
+from lowmem.compute.decoder import Rotation, rms_norm
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear
 from lowmem.compute.operations.products import product
@@ -66,6 +66,10 @@ class PlainOperations:
         """RMSNorm, then each linear, ``[tokens, out_features]`` in the product's dtype."""
         inputs = self._inputs(self._norm(hidden, norm), linears, exact_rows)
         return [self._product(inputs, self._weight(linear)) for linear in linears]
+
+    def rotate(self, heads: Tensor, rotation: Rotation) -> Tensor:
+        """Rotary positions, in float32, then in the dtype of ``heads``."""
+        return rotation.apply(heads)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         """Attention within each text, ``[queries, query size]``."""

@@ -1,0 +1,184 @@
+"""Attention over packed texts by a kernel that knows where each text begins: one call a batch.
+
+With a shared prefix the keys of every text are the prefix's and its own; causal masks of these
+kernels are aligned to the last key, so that queries need no padding. Which of the kernels there is
+depends on card and torch: each must first agree with the plain form on small extreme texts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.compute import attention
+from lowmem.compute.attention import Spans
+
+logger = logging.getLogger(__name__)
+
+# What two roundings of weights and values to 16 bits may do to a mixture, relative to the values.
+_TOLERANCE = {torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
+_LAYOUTS = 256  # batches of a window, twice each
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where texts begin among queries and keys.
+
+    Attributes:
+        queries: int32 ``[texts + 1]``.
+        keys: int32 ``[texts + 1]``.
+        longest_query: Most queries of a text.
+        longest_key: Most keys of a text.
+        key_rows: Which row of the packed keys each key is, or None where they are taken in order.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    longest_query: int
+    longest_key: int
+    key_rows: Tensor | None
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Layout, bool], Tensor]
+"""(query, key, value, layout, causal) to ``[queries, heads, head_dim]``."""
+
+
+def attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+    """As :func:`lowmem.compute.attention.attend`, by a kernel."""
+    device = str(query.device)
+    layout = _layout(spans.runs, spans.prefix_tokens, spans.pooled_only, device)
+    if layout.key_rows is not None:
+        key, value = key[layout.key_rows], value[layout.key_rows]
+    return kernel(query, key, value, layout, spans.is_causal).flatten(1)
+
+
+def by_length(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+    """The plain form, where torch has no such kernel, or none for the dtype.
+
+    Key and value heads are repeated: of SDPA's kernels only flash takes fewer of them, and what
+    would serve otherwise holds all scores at once.
+    """
+    share = query.shape[1] // key.shape[1]
+    if share > 1:
+        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    return attention.attend(query, key, value, spans)
+
+
+@cache
+def find_kernel(dtype: torch.dtype, head_dim: int, device: str) -> Kernel | None:
+    """The first kernel that runs here and agrees with the plain form, or None.
+
+    Args:
+        dtype: Of queries, keys and values.
+        head_dim: Features of a head.
+        device: Such as ``cuda``.
+    """
+    for kernel in (varlen, flash):
+        try:
+            agrees = _agrees(kernel, dtype, head_dim, device)
+        except (ImportError, AttributeError, RuntimeError, TypeError) as error:
+            logger.info("%s attention does not run here: %s", kernel.__name__, error)
+            continue
+        if agrees:
+            return kernel
+        logger.warning("%s attention is wrong on this card, and is not used", kernel.__name__)
+    return None
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool) -> Tensor:
+    """torch's own packed attention; its arguments changed between 2.10 and 2.12."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    function: Callable[..., Any] = varlen_attn
+    known = _parameters(function)
+    options: dict[str, object] = {}
+    if causal:
+        options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    places = (layout.queries, layout.keys, layout.longest_query, layout.longest_key)
+    mixed: Tensor = function(query, key, value, *places, **options)
+    return mixed
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool) -> Tensor:
+    """The flash kernel behind it, which older versions of torch have as well."""
+    mixed: Tensor = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        layout.queries,
+        layout.keys,
+        layout.longest_query,
+        layout.longest_key,
+        0.0,
+        causal,
+        False,
+    )[0]
+    return mixed
+
+
+@cache
+def _parameters(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+@lru_cache(_LAYOUTS)
+def _layout(
+    runs: tuple[tuple[int, int], ...], prefix: int, pooled_only: bool, device: str
+) -> Layout:
+    lengths = torch.tensor([length for count, length in runs for _ in range(count)])
+    queries = torch.ones_like(lengths) if pooled_only else lengths
+    keys = lengths + prefix
+    rows = None
+    if prefix:
+        begins = prefix + lengths.cumsum(0) - lengths
+        # Counted from each text's first key: those below zero are the prefix's.
+        place = torch.cat([torch.arange(-prefix, int(length)) for length in lengths])
+        begin = begins.repeat_interleave(keys)
+        rows = torch.where(place < 0, place + prefix, place + begin)
+        rows = rows.to(device)
+    return Layout(
+        _edges(queries, device), _edges(keys, device), int(queries.max()), int(keys.max()), rows
+    )
+
+
+def _edges(counts: Tensor, device: str) -> Tensor:
+    edges = torch.zeros(len(counts) + 1, dtype=torch.int32)
+    edges[1:] = counts.cumsum(0)
+    return edges.to(device)
+
+
+def _agrees(kernel: Kernel, dtype: torch.dtype, head_dim: int, device: str) -> bool:
+    """Whether a kernel gives the plain form's mixtures, with prefix and without, causal or not.
+
+    Scores are up to some hundreds, where a softmax without its maximum taken off would overflow.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for lengths, prefix, causal in (
+        ([1, 1, 130, 7], 0, True),
+        ([3, 3, 40], 5, True),
+        ([9], 0, False),
+    ):
+        tokens = sum(lengths)
+        query, key, value = (
+            torch.randn(count, heads, head_dim, generator=generator).to(dtype)
+            for count, heads in ((tokens, 4), (prefix + tokens, 2), (prefix + tokens, 2))
+        )
+        query *= 16
+        full = Spans.of(lengths, prefix, causal, "cpu")
+        for spans in (full, full.of_last_tokens()):
+            asked = query[spans.last_tokens] if spans.pooled_only else query
+            expected = attention.attend(asked.float(), key.float(), value.float(), spans)
+            got = attend(kernel, asked.to(device), key.to(device), value.to(device), spans)
+            error = (got.float().cpu() - expected).abs().max()
+            if not float(error) <= _TOLERANCE[dtype] * float(value.float().abs().max()):
+                return False
+    return True

@@ -1,0 +1,148 @@
+"""Products on CUDA devices: one call for a linear, whatever it is stored as.
+
+A product takes the rows as :mod:`lowmem.compute.kernels.rows` makes them. Weights that are not
+stored as they are multiplied are brought into that form a matrix at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowmem.artifact.formats import BnbInt8, Int8Channel, Plain
+from lowmem.compute.kernels.rows import RowKernels, Rows
+from lowmem.compute.operations.linear import Linear
+from lowmem.errors import BackendError
+
+Dequantize = Callable[[Tensor, Linear], None]
+
+
+class Product(Protocol):
+    """rows @ weightᵀ, ``[tokens, out_features]``; with a residual float32, and that added."""
+
+    def __call__(self, rows: Rows, linear: Linear, residual: Tensor | None = None) -> Tensor:
+        """The product of a linear."""
+
+
+class CodesProduct(Protocol):
+    """rows @ weightᵀ * row scales * channel scales, and plus a residual where there is one."""
+
+    def __call__(
+        self,
+        rows: Rows,
+        weight: Tensor,
+        channel_scales: Tensor,
+        *,
+        dtype: torch.dtype,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``[tokens, out_features]`` in ``dtype``, which is float32 with a residual."""
+
+
+class DenseProduct:
+    """Products in 16 or 32 bits by torch; weights are dequantized into one reused scratch."""
+
+    def __init__(
+        self, dtype: torch.dtype, dequantize: Dequantize, sums_in_16_bits: bool = False
+    ) -> None:
+        """Chooses the arithmetic; allocates nothing yet.
+
+        Args:
+            dtype: What is multiplied.
+            dequantize: Writes a linear's weight.
+            sums_in_16_bits: Whether float16 products are summed in float16.
+
+        Raises:
+            BackendError: This version of torch cannot sum in float16.
+        """
+        if sums_in_16_bits and not hasattr(torch.backends.cuda.matmul, "allow_fp16_accumulation"):
+            raise BackendError(
+                f"compute fp16-acc16 needs torch 2.7 or newer, got {torch.__version__}"
+            )
+        self._dtype = dtype
+        self._dequantize = dequantize
+        self._sums_in_16_bits = sums_in_16_bits
+        self._scratch: Tensor | None = None
+
+    def __call__(self, rows: Rows, linear: Linear, residual: Tensor | None = None) -> Tensor:
+        """The product of a linear."""
+        weight = self.weight(linear)
+        multiply = _summed_in_16_bits if self._sums_in_16_bits else F.linear
+        result = multiply(rows.values, weight)
+        return result if residual is None else residual + result
+
+    def weight(self, linear: Linear) -> Tensor:
+        """``(out_features, in_features)``, in the scratch unless it is stored so."""
+        stored = linear.tensors.get("weight")
+        if stored is not None and isinstance(linear.format, Plain) and stored.dtype == self._dtype:
+            return stored
+        size = linear.out_features * linear.in_features
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = None
+            device = next(iter(linear.tensors.values())).device
+            self._scratch = torch.empty(size, dtype=self._dtype, device=device)
+        weight = self._scratch[:size].view(linear.out_features, linear.in_features)
+        self._dequantize(weight, linear)
+        return weight
+
+
+class RoundedProduct:
+    """Products of 8-bit rows and 8-bit weights, one scale a row and one a channel.
+
+    Weights that are stored otherwise are rounded to 8 bits per channel, each time they are used.
+    """
+
+    def __init__(
+        self,
+        codes: torch.dtype,
+        dtype: torch.dtype,
+        multiply: CodesProduct,
+        kernels: RowKernels,
+        dequantize: Dequantize,
+    ) -> None:
+        """Chooses the arithmetic; allocates nothing yet.
+
+        Args:
+            codes: ``int8`` or ``float8_e4m3fn``.
+            dtype: Of results without a residual, and of weights on their way to codes.
+            multiply: The product of codes.
+            kernels: Round the rows of a weight.
+            dequantize: Writes a linear's weight.
+        """
+        self._codes = codes
+        self._dtype = dtype
+        self._multiply = multiply
+        self._kernels = kernels
+        self._dense = DenseProduct(dtype, dequantize)
+
+    def __call__(self, rows: Rows, linear: Linear, residual: Tensor | None = None) -> Tensor:
+        """The product of a linear."""
+        weight, scales = self._weight(linear)
+        dtype = self._dtype if residual is None else torch.float32
+        return self._multiply(rows, weight, scales, dtype=dtype, residual=residual)
+
+    def _weight(self, linear: Linear) -> tuple[Tensor, Tensor]:
+        """Codes ``(out_features, in_features)`` and scales ``[out_features]``."""
+        if self._codes == torch.int8:
+            if isinstance(linear.format, Int8Channel):
+                return linear.tensors["weight"], linear.tensors["weight_scale"].view(-1)
+            if isinstance(linear.format, BnbInt8):
+                return linear.tensors["weight"], linear.tensors["SCB"] / 127
+        rounded = self._kernels.round_rows(self._dense.weight(linear), self._codes)
+        assert rounded.scales is not None
+        return rounded.values, rounded.scales
+
+
+def _summed_in_16_bits(states: Tensor, weight: Tensor) -> Tensor:
+    """The switch is the process's, so it is on for this one call alone."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_accumulation = True
+    try:
+        return F.linear(states, weight)
+    finally:
+        matmul.allow_fp16_accumulation = before
