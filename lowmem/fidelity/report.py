@@ -23,7 +23,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor
 from lowmem.compute.plan import Plan
 from lowmem.errors import InputError
-from lowmem.fidelity import metrics
+from lowmem.fidelity import metrics, neighbours
 from lowmem.fidelity.reference import Reference
 from lowmem.measure import Record, measure
 
@@ -153,6 +153,7 @@ def _compare(
     cosines = metrics.cosines(reference.vectors, vectors)
     summary = metrics.summary(cosines)
     nonfinite = metrics.nonfinite(vectors)
+    before, now = (neighbours.find(side, max(_NEIGHBOURS)) for side in (reference.vectors, vectors))
     variant = bundle.variant(plan.variant)
     rows = reference.rows
     report = {
@@ -175,7 +176,7 @@ def _compare(
             languages=[row.lang for row in rows],
             input_types=[row.input_type for row in rows],
         ),
-        "overlap": {str(k): metrics.overlap(reference.vectors, vectors, k) for k in _NEIGHBOURS},
+        "overlap": {str(k): neighbours.overlap(before, now, k) for k in _NEIGHBOURS},
         "spearman": metrics.spearman(reference.vectors, vectors),
         "worst": metrics.worst(cosines, [row.id for row in rows]),
         "nonfinite": nonfinite,

@@ -12,7 +12,7 @@ import pytest
 from lowmem import InputError, schemas
 from lowmem.artifact.models import known_models
 from lowmem.cli.export import _contract
-from lowmem.fidelity import metrics
+from lowmem.fidelity import neighbours
 from tests.models import CONTRACT, TEXTS, tiny_checkpoint
 from tests.tolerances import INVARIANCE_DISTANCE
 
@@ -170,7 +170,8 @@ def test_report_figures_follow_from_the_dumped_vectors(reported):
             "min": cosines.min(),
         }
         assert one["cosine"] == pytest.approx(figures, abs=1e-6)
-        assert one["overlap"]["10"] == pytest.approx(metrics.overlap(reference, vectors, 10))
+        before, now = neighbours.find(reference, 10), neighbours.find(vectors, 10)
+        assert one["overlap"]["10"] == pytest.approx(neighbours.overlap(before, now, 10))
 
 
 def test_embed_gives_the_dumped_vectors(reported, tmp_path):
