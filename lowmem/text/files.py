@@ -83,6 +83,31 @@ def read_rows(
     return rows
 
 
+def read_records(path: Path, column: str) -> list[tuple[int, Mapping[str, Any]]]:
+    """Reads the objects of a ``.jsonl`` file, or the rows of a ``.csv`` with a header, as they are.
+
+    Args:
+        path: The file, in UTF-8.
+        column: One that a ``.csv`` must have; the caller checks the others.
+
+    Returns:
+        Line number, from 1, and fields of each; an empty cell of a ``.csv`` is None.
+
+    Raises:
+        InputError: The file cannot be read, ends in neither suffix, or a line is damaged.
+    """
+    readers = {suffix: _READERS[suffix] for suffix in (".jsonl", ".csv")}
+    read = readers[_suffix(path, "a file of records", readers)]
+    problems = _Problems(path)
+    try:
+        records = list(read(path, column, problems))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+    if problems.count:
+        raise problems.error()
+    return records
+
+
 def check_output(path: Path, *, source: Path | None = None) -> None:
     """Refuses an output that could not be written, before anything is computed for it.
 
