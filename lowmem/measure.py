@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lowmem import errors
 from lowmem.artifact.manifest import Bundle
@@ -32,6 +33,19 @@ from lowmem.errors import BackendError, LowmemError
 PACKAGES = ("lowmem", "numpy", "torch", "onnxruntime", "tokenizers")
 _SAMPLE_SECONDS = 0.005
 _CHILD = "from lowmem.measure import run_child; run_child()"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of the engine.
+
+    Attributes:
+        rows: Positions of the texts, in the order in which they are given.
+        batch_size: Most texts that are computed together, or None for the token budget alone.
+    """
+
+    rows: tuple[int, ...]
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ def measure(
     rows: Sequence[Row],
     *,
     repeats: int = 1,
+    passes: Sequence[Pass] = (),
     warm_up: bool = True,
     vectors: Path | None = None,
     timeout_seconds: float | None = None,
@@ -78,9 +93,11 @@ def measure(
         bundle: The bundle.
         plan: What to run.
         rows: The texts; those over the contract's limit are cut, EOS kept.
-        repeats: Timed passes.
+        repeats: Timed passes over all texts.
+        passes: What to run in place of them, one after another.
         warm_up: Whether to run a few short texts first, which are not timed.
-        vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``.
+        vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``; of
+            several ``passes`` those of each behind those of the one before.
         timeout_seconds: When to give up.
 
     Raises:
@@ -90,7 +107,8 @@ def measure(
         "bundle": str(bundle),
         "plan": asdict(plan),
         "rows": [asdict(row) for row in rows],
-        "repeats": repeats,
+        "passes": [asdict(one) for one in passes or [Pass(tuple(range(len(rows))))] * repeats],
+        "keeps_all": bool(passes),
         "warm_up": warm_up,
         "vectors": None if vectors is None else str(vectors),
     }
@@ -177,12 +195,17 @@ def _run_job(job: dict[str, Any]) -> Record:
         shortest = sorted(texts, key=lambda text: len(text.input_ids))[:4]
         runner.embed(shortest, normalize=normalize, must_be_finite=False)
     seconds = []
-    for _ in range(job["repeats"]):
+    embedded: list[NDArray[np.float32]] = []
+    for one in job["passes"]:
+        given = [texts[row] for row in one["rows"]]
         start = time.perf_counter()
-        embedded = runner.embed(texts, normalize=normalize, must_be_finite=False)
+        vectors = runner.embed(
+            given, normalize=normalize, batch_size=one["batch_size"], must_be_finite=False
+        )
         seconds.append(time.perf_counter() - start)
+        embedded = [*embedded, vectors] if job["keeps_all"] else [vectors]
     if job["vectors"] is not None:
-        np.save(job["vectors"], embedded)
+        np.save(job["vectors"], np.concatenate(embedded))
     return Record(
         texts=len(texts),
         tokens=sum(len(text.input_ids) for text in texts),

@@ -104,6 +104,7 @@ def buckets(
     tokens: Sequence[int],
     languages: Sequence[str],
     input_types: Sequence[str],
+    kept: Floats | None = None,
 ) -> list[dict[str, Any]]:
     """The cosines by group of texts: by length, by language, by input type.
 
@@ -114,11 +115,12 @@ def buckets(
         tokens: Length of each text, special tokens and instruction included; [n].
         languages: ISO 639-1 code of each text; one without is in no group of languages; [n].
         input_types: ``query`` or ``document``, [n].
+        kept: Share of each text's neighbours that stay, [n], or None where there are none.
 
     Returns:
         An object for each group that has texts, with ``kind``, ``name``, ``count``, ``mean``,
-        ``p5`` and ``min``: kind ``length`` from short to long, then ``language`` and
-        ``input_type``, sorted by name.
+        ``p5``, ``min`` and, where ``kept`` is given, its mean as ``overlap``: kind ``length`` from
+        short to long, then ``language`` and ``input_type``, sorted by name.
     """
     spans = [LENGTH_NAMES[index] for index in np.searchsorted(LENGTHS, np.asarray(tokens))]
     kinds: list[tuple[str, Sequence[str], Sequence[str]]] = [
@@ -133,25 +135,10 @@ def buckets(
             if members.any():
                 figures = summary(cosine[members])
                 shown = {key: figures[key] for key in ("mean", "p5", "min")}
+                if kept is not None:
+                    shown["overlap"] = float(kept[members].mean())
                 result.append({"kind": kind, "name": name, "count": int(members.sum()), **shown})
     return result
-
-
-def worst(cosine: Floats, ids: Sequence[str], n: int = 10) -> list[dict[str, Any]]:
-    """The n texts with the least cosine.
-
-    Cost: one sort.
-
-    Args:
-        cosine: float64 [texts].
-        ids: Names of the texts, [texts].
-        n: How many at most.
-
-    Returns:
-        Objects with ``id`` and ``cosine``, the least first, equal ones in the order of the texts.
-    """
-    order = np.argsort(cosine, kind="stable")[:n]
-    return [{"id": ids[index], "cosine": float(cosine[index])} for index in order]
 
 
 def norm_error(vectors: Vectors) -> float:

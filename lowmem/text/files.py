@@ -28,7 +28,7 @@ from lowmem.data import Row
 from lowmem.errors import CapacityError, InputError, missing_extra
 
 _INPUT_TYPES = ("query", "document")
-_OWN_KEYS = ("id", "input_type", "task")
+_OWN_KEYS = ("id", "input_type", "task", "lang")
 _MOST_LISTED = 10
 _EMPTY = "is empty: every row needs a text"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,7 +49,8 @@ def read_rows(
     ``.txt`` has one text a line, ``.jsonl`` one object a line; only "\n" and "\r\n" end a line.
     ``.csv`` has a header, ``.parquet`` named columns. Where a row has ``id``, ``input_type`` or
     ``task``, neither null nor an empty cell, they hold for that row; a row without ``id`` has its
-    line number for one. Other keys and columns are ignored.
+    line number for one. ``lang`` names the group of languages that a report puts a row in. Other
+    keys and columns are ignored.
 
     Args:
         path: The file, in UTF-8, with or without a byte order mark.
@@ -205,6 +206,9 @@ def _row(
     row_id = own.get("id", line)
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
         raise ValueError(f"must have a string or a whole number as id, got {_short(row_id)}")
+    lang = own.get("lang", "")
+    if not isinstance(lang, str):
+        raise ValueError(f"must have a string as lang, got {_short(lang)}")
     if own.get("input_type") == "document":
         task = None
     input_type, task = own.get("input_type", input_type), own.get("task", task)
@@ -212,7 +216,9 @@ def _row(
         raise ValueError(f"is refused: {problem}")
     if input_type == "document" and "task" in own and "input_type" not in own:
         raise ValueError("has a task and is a document, which has none: say that it is a query")
-    return InputRow(id=str(row_id), text=text, input_type=input_type, task=task, line=line)
+    return InputRow(
+        id=str(row_id), text=text, input_type=input_type, task=task, lang=lang, line=line
+    )
 
 
 def _instruction_problem(input_type: object, task: object) -> str | None:
