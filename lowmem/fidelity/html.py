@@ -7,7 +7,6 @@ everywhere; the verdict that is stored in a report is not asked.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,14 @@ from typing import Any
 from lowmem.artifact import verdict
 from lowmem.artifact.verdict import FIGURES, Floor
 from lowmem.errors import InputError, missing_extra
-from lowmem.fidelity import pictures, sections
+from lowmem.fidelity import figure_text, pictures, sections
 from lowmem.fidelity.drawing import Series
-from lowmem.fidelity.readiness import SIGN_OFF_TEXTS, figure_text
+from lowmem.fidelity.figure_text import NONE, cosine_text, size_text
+from lowmem.fidelity.readiness import SIGN_OFF_TEXTS
 
 FIGURE_NAMES = {"mean": "mean", "p5": "5th percentile", "min": "worst text"}
 _TEMPLATES = ("report.html.j2", "report_sections.html.j2")
 _PLAN = re.compile(r"(.+)-(torch|onnxruntime)-(cpu|cuda)-(.+)", re.DOTALL)
-_NONE = "–"
 _GROUP_TEXTS = 3  # fewer are no group worth naming
 
 
@@ -214,35 +213,6 @@ def reasons(rows: Sequence[Row], floor: Floor) -> Iterator[tuple[str, str]]:
         yield name, f"{count}: {', '.join(why)}"
 
 
-def cosine_text(value: float, bound: float = -math.inf) -> str:
-    """Four decimals, or as many as show that a value is below a bound."""
-    return figure_text(value, bound)
-
-
-def size_text(count: float | None) -> str:
-    """Bytes for people."""
-    if count is None:
-        return _NONE
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            digits = f"{count / size:#.3g}" if count < 100 * size else f"{count / size:.0f}"
-            return f"{digits} {unit}"
-    return f"{count:.0f} B"
-
-
-def speed_text(tokens_per_second: float | None) -> str:
-    """Three digits or more, thousands apart."""
-    if not tokens_per_second:
-        return _NONE
-    decimals = max(0, 2 - math.floor(math.log10(tokens_per_second)))
-    return f"{tokens_per_second:,.{decimals}f}"
-
-
-def share_text(value: float | None) -> str:
-    """Three decimals."""
-    return _NONE if value is None else f"{value:.3f}"
-
-
 def _below(name: str, values: Sequence[float], bound: float) -> str:
     least, most = cosine_text(min(values), bound), cosine_text(max(values), bound)
     span = least if least == most else f"{least} to {most}"
@@ -252,7 +222,7 @@ def _below(name: str, values: Sequence[float], bound: float) -> str:
 def _row(report: Mapping[str, Any], floor: Floor) -> Row:
     match = _PLAN.fullmatch(report["plan"])
     variant, engine, device, compute = (
-        match.groups() if match else (report["plan"], _NONE, _NONE, _NONE)
+        match.groups() if match else (report["plan"], NONE, NONE, NONE)
     )
     return Row(
         report,
@@ -321,12 +291,5 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "signed": lambda value, decimals=4: _NONE if value is None else f"{value:+.{decimals}f}",
-        "tiny": lambda value: _NONE if value is None else f"{value:.0e}",
-        "cosine": cosine_text,
-        "size": size_text,
-        "speed": speed_text,
-        "share": share_text,
-    }
+    environment.filters |= figure_text.FILTERS
     return environment

@@ -11,6 +11,7 @@ from typing import Any
 
 from lowmem.artifact import verdict
 from lowmem.artifact.verdict import FIGURES, Floor
+from lowmem.fidelity.figure_text import cosine_text
 
 FIGURE_NAMES = {"mean": "mean cosine", "p5": "5th percentile", "min": "worst text"}
 GROUP_TEXTS = 10
@@ -79,15 +80,6 @@ def group_name(group: Mapping[str, Any]) -> str:
     )
 
 
-def figure_text(value: float, bound: float) -> str:
-    """Four decimals, or as many as show that a value is below a bound."""
-    for decimals in range(4, 17):
-        text = f"{value:.{decimals}f}"
-        if value >= bound or float(text) < bound:
-            break
-    return text
-
-
 def _groups(
     report: Mapping[str, Any], floor: Floor
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
@@ -130,7 +122,7 @@ def _below(report: Mapping[str, Any], floor: Floor) -> Iterator[str]:
 
 
 def _problem(key: str, value: float, bound: float) -> str:
-    return f"{FIGURE_NAMES[key]} {figure_text(value, bound)}, the floor asks {bound!r}"
+    return f"{FIGURE_NAMES[key]} {cosine_text(value, bound)}, the floor asks {bound!r}"
 
 
 def _lost_uses(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

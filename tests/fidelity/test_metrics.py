@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from lowmem.errors import InputError
 from lowmem.fidelity import directions, metrics, neighbours
 from lowmem.fidelity.directions import Floats, Vectors
 
@@ -229,7 +228,6 @@ def test_no_figure_is_nan(pair: tuple[Vectors, Vectors]) -> None:
         metrics.buckets(
             cosine, tokens=[5] * count, languages=["en"] * count, input_types=["query"] * count
         ),
-        metrics.worst(cosine, ["id"] * count),
         overlap(reference, vectors, 10),
         metrics.spearman(reference, vectors),
         metrics.norm_error(vectors),
@@ -276,6 +274,18 @@ def test_buckets_stand_in_a_fixed_order_and_none_is_empty() -> None:
     )
 
 
+def test_a_bucket_says_how_many_neighbours_its_texts_keep() -> None:
+    got = metrics.buckets(
+        np.ones(3),
+        tokens=[5, 5, 5],
+        languages=["de", "de", "fr"],
+        input_types=["document"] * 3,
+        kept=np.array([1.0, 0.5, 0.0]),
+    )
+    overlaps = {one["name"]: one["overlap"] for one in got}
+    assert overlaps == {"1-16": 0.5, "de": 0.75, "fr": 0.0, "document": 0.5}
+
+
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=30))
 def test_every_text_is_in_the_length_bucket_that_its_name_states(tokens: list[int]) -> None:
     count = len(tokens)
@@ -287,33 +297,3 @@ def test_every_text_is_in_the_length_bucket_that_its_name_states(tokens: list[in
         inside = [n for n in tokens if int(low) <= n and (not high or n <= int(high))]
         assert one["count"] == len(inside)
     assert sum(one["count"] for one in got) == count
-
-
-def test_the_worst_texts_come_first_and_equal_ones_in_their_order() -> None:
-    cosine = np.array([0.9, 0.5, 0.7, 0.5])
-    assert metrics.worst(cosine, ["a", "b", "c", "d"], n=3) == [
-        {"id": "b", "cosine": 0.5},
-        {"id": "d", "cosine": 0.5},
-        {"id": "c", "cosine": 0.7},
-    ]
-    assert len(metrics.worst(np.zeros(30), [str(n) for n in range(30)])) == 10
-
-
-def test_the_norm_error_is_the_greatest_distance_from_one() -> None:
-    assert metrics.norm_error(rows([3, 4], [0, 1], [0.5, 0])) == 4.0
-    assert metrics.norm_error(rows([0.5, 0], [1, 0])) == 0.5
-    assert metrics.norm_error(rows([math.nan, 1], [0, 1.25])) == 0.25
-    assert metrics.norm_error(rows([math.inf, 1])) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("reference", "vectors"),
-    [((3, 4), (2, 4)), ((1, 4), (3, 4)), ((3, 4), (3, 5)), ((0, 4), (0, 4)), ((4,), (4,))],
-)
-def test_arrays_that_do_not_belong_together_are_refused(
-    reference: tuple[int, ...], vectors: tuple[int, ...]
-) -> None:
-    a, b = np.ones(reference, np.float32), np.ones(vectors, np.float32)
-    for figure in (metrics.cosines, metrics.spearman):
-        with pytest.raises(InputError, match=r"one shape \[texts, dimensions\]"):
-            figure(a, b)
