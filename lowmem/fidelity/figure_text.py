@@ -43,13 +43,18 @@ def share_text(value: float | None) -> str:
 
 
 def signed_text(value: float | None, decimals: int = 4) -> str:
-    """A change, with its sign."""
-    return NONE if value is None else f"{value:+.{decimals}f}"
+    """A change, with its sign; none where it rounds to 0."""
+    if value is None:
+        return NONE
+    rounded = round(value, decimals)
+    return f"{rounded:+.{decimals}f}" if rounded else f"{0:.{decimals}f}"
 
 
 def tiny_text(value: float | None) -> str:
-    """One digit and a power of ten."""
-    return NONE if value is None else f"{value:.0e}"
+    """One digit and a power of ten, or 0."""
+    if value is None:
+        return NONE
+    return f"{value:.0e}" if value else "0"
 
 
 FILTERS: Mapping[str, Callable[..., Any]] = {

@@ -24,6 +24,12 @@ from lowmem.fidelity.readiness import SIGN_OFF_TEXTS
 
 FIGURE_NAMES = {"mean": "mean", "p5": "5th percentile", "min": "worst text"}
 _TEMPLATES = ("report.html.j2", "report_sections.html.j2")
+_SEARCH_FIGURES = {
+    "ndcg@10": "nDCG@10",
+    "recall@10": "Recall@10",
+    "recall@100": "Recall@100",
+    "mrr@10": "MRR@10",
+}
 _PLAN = re.compile(r"(.+)-(torch|onnxruntime)-(cpu|cuda)-(.+)", re.DOTALL)
 _GROUP_TEXTS = 3  # fewer are no group worth naming
 
@@ -153,8 +159,9 @@ def render(
             untested=sections.untested_groups(reports[0]),
             rows=rows,
             reports=reports,
-            searched=lambda row: row.report["retrieval"]["figures"].items(),
-            paired=lambda row: [("Spearman", row.report["sts"]["spearman"])],
+            search_figures=_SEARCH_FIGURES,
+            searched=lambda row: row.report["retrieval"]["figures"],
+            paired=lambda row: row.report["sts"],
         )
     )
     return page

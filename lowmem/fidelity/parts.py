@@ -67,8 +67,7 @@ class Parts:
         Returns:
             float32 [texts, d] in the order of ``rows``, and all parts in one record.
         """
-        folder = cache.directory() / "parts" / _key(identity)
-        self._folders.add(folder)
+        folder = self._folder(identity)
         order = sorted(range(len(rows)), key=lambda place: -tokens[place])
         vectors: Vectors | None = None
         records: list[Record] = []
@@ -90,6 +89,27 @@ class Parts:
             on_texts(len(found))
         assert vectors is not None
         return vectors, _together(records)
+
+    def value(self, identity: Mapping[str, Any], name: str, make: Callable[[], Any]) -> Any:
+        """A JSON value that goes with a pass, from the cache or made now.
+
+        Args:
+            identity: As in :meth:`embed`.
+            name: What the value is called.
+            make: Gives it.
+        """
+        file = self._folder(identity) / f"{name}.json"
+        try:
+            return json.loads(file.read_bytes())
+        except (OSError, ValueError):
+            made = make()
+        _keep(file, json.dumps(made).encode())
+        return made
+
+    def _folder(self, identity: Mapping[str, Any]) -> Path:
+        folder = cache.directory() / "parts" / _key(identity)
+        self._folders.add(folder)
+        return folder
 
     def forget(self) -> None:
         """Removes the parts: the report they were kept for is complete."""
@@ -136,10 +156,14 @@ def _write(file: Path, vectors: Vectors, record: Record) -> None:
     buffer = io.BytesIO()
     about = np.frombuffer(json.dumps(asdict(record)).encode(), np.uint8)
     np.savez(buffer, vectors=vectors, record=about)
+    _keep(file, buffer.getvalue())
+
+
+def _keep(file: Path, content: bytes) -> None:
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with cache.replacing(file) as opened:
-            opened.write(buffer.getvalue())
+            opened.write(content)
     except OSError as error:  # a cache that cannot be written only costs the time of the next pass
         logger.warning("parts cannot be kept in %s: %s", file.parent, error.strerror)
 

@@ -212,7 +212,7 @@ def frontier(points: Sequence[Point], floor: Floor) -> str:
         figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES, 3.9))
         panels = (("mean", floor.mean, "mean"), ("p5", floor.p5, "5th percentile"))
         for place, (key, bound, title) in enumerate(panels):
-            axes = figure.add_axes((0.085 + 0.385 * place, 0.17, 0.32, 0.72), facecolor="none")
+            axes = figure.add_axes((0.11 + 0.385 * place, 0.2, 0.285, 0.71), facecolor="none")
             values = [getattr(point, key) for point in points]
             bits = [point.bits for point in points]
             for point, value in zip(points, values, strict=True):
@@ -233,7 +233,7 @@ def frontier(points: Sequence[Point], floor: Floor) -> str:
             places = nines(values)
             nines_axis(axes, axes.yaxis, [places.min(), places.max(), level])
             _size_ticks(axes, points)
-        figure.text(0.085, 0.015, "stored bits per weight of the linears, size", color=MUTED)
+        figure.text(0.11, 0.03, "stored bits per weight of the linears, size", color=MUTED)
         legends(figure, matplotlib, everything, kinds)
         return svg(matplotlib, figure, "frontier", "Size of each plan against its fidelity")
 

@@ -7,6 +7,7 @@ are faithful enough.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import tempfile
@@ -96,7 +97,11 @@ def compare_plans(
         steered = calibration.steered_by(bundle.variant(plan.variant).recipe)
         if steered not in shared:
             shared[steered] = calibration.statement(bundle, steered, inputs.texts.rows)
+        texts, vectors = inputs.texts, ran[0][0]
+        moved = functools.partial(invariance, bundle.path, plan, texts.rows, texts.tokens, vectors)
+        identity = _identity(bundle, plan, texts, machine)
         about = {
+            "invariance": parts.value(identity, "invariance", moved),
             "machine": f"{machine.cpu_name}, {machine.cpu_threads} threads",
             "calibration": shared[steered],
         }
@@ -205,7 +210,15 @@ def _embed(
             record = measure(bundle.path, plan, rows, vectors=file)
             return np.load(file, allow_pickle=False), record
 
-    identity = {
+    identity = _identity(bundle, plan, reference, machine)
+    return parts.embed(identity, reference.rows, reference.tokens, plan.window_tokens, run, advance)
+
+
+def _identity(
+    bundle: Bundle, plan: Plan, reference: Reference, machine: Hardware
+) -> dict[str, Any]:
+    """What decides a plan's vectors and its speed, besides versions and code."""
+    return {
         "artifact": bundle.manifest.artifact_sha256(plan.variant),
         "plan": plan.id,
         "threads": plan.threads,
@@ -214,7 +227,6 @@ def _embed(
         "texts": reference.texts_sha256,
         "machine": hardware.fingerprint(machine),
     }
-    return parts.embed(identity, reference.rows, reference.tokens, plan.window_tokens, run, advance)
 
 
 def _compare(
@@ -263,7 +275,6 @@ def _compare(
         "worst": worst(cosines, rows, reference.tokens, before, now),
         "nonfinite": nonfinite,
         "norm_error": metrics.norm_error(vectors),
-        "invariance": invariance(bundle.path, plan, rows, reference.tokens, vectors),
         "outputs": outputs.costs(reference.vectors, before, vectors, NEIGHBOURS),
         "bytes": variant.stored_bytes,
         "bits_per_weight": dict(variant.bits_per_weight),

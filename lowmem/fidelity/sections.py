@@ -15,12 +15,22 @@ _TITLES["input_type"] = "Queries and documents"
 
 
 def verdicts(reports: Sequence[Report], floor: Floor) -> list[dict[str, Any]]:
-    """Plans that are told the same, best first, each with state, words, reasons and cautions."""
-    said: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """What the plans are ready for, best first.
+
+    Returns:
+        ``state`` and ``words``, the ``plans`` that are told so, each with its ``reasons``, and
+        their ``cautions``.
+    """
+    said: dict[tuple[str, str], dict[str, Any]] = {}
     for report in reports:
         found = readiness(report, floor)
-        key = found["state"], found["words"], tuple(found["reasons"]), found["caution"]
-        said.setdefault(key, {**found, "plans": []})["plans"].append(report["plan"])
+        one = said.setdefault(
+            (found["state"], found["words"]),
+            {"state": found["state"], "words": found["words"], "plans": [], "cautions": []},
+        )
+        one["plans"].append({"plan": report["plan"], "reasons": found["reasons"]})
+        if found["caution"] and found["caution"] not in one["cautions"]:
+            one["cautions"].append(found["caution"])
     return sorted(said.values(), key=lambda one: _STATES.index(one["state"]))
 
 

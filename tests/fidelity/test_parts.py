@@ -77,6 +77,16 @@ def test_a_finished_pass_is_read_until_its_report_is_complete() -> None:
     assert again.ran != []
 
 
+def test_a_value_is_made_once_until_the_report_is_complete(cache_directory) -> None:
+    parts, made = Parts(), iter(range(9))
+    values = [parts.value(IDENTITY, "moved", lambda: {"alone": next(made)}) for _ in range(2)]
+    assert values == [{"alone": 0}, {"alone": 0}]
+    next((cache_directory / "parts").rglob("moved.json")).write_text("{")
+    assert parts.value(IDENTITY, "moved", lambda: next(made)) == 1
+    parts.forget()
+    assert parts.value(IDENTITY, "moved", lambda: next(made)) == 2
+
+
 def test_another_plan_or_other_code_meets_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     embed(Runner())
     other = Runner()
