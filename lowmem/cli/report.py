@@ -24,10 +24,9 @@ from lowmem.fidelity.report import (
     Compared,
     agreement,
     compare_plans,
-    dump,
     one_of_each,
-    store,
 )
+from lowmem.fidelity.store import dump, store
 from lowmem.hardware import Hardware
 from lowmem.measure import package_versions
 from lowmem.planner.candidates import Subject, Wishes, candidates

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem import cache, hardware
-from lowmem.artifact import strict_json, verdict
+from lowmem import hardware
+from lowmem.artifact import verdict
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor
 from lowmem.compute.plan import Plan
@@ -37,8 +36,6 @@ from lowmem.fidelity.reference import Reference
 from lowmem.fidelity.worst import worst
 from lowmem.hardware import Hardware
 from lowmem.measure import Record, measure
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 NEIGHBOURS = 10
@@ -124,54 +121,6 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
         reasons = "; ".join(f"{plan.id}: {plan.dropped}" for plan in plans[:8])
         raise InputError(f"none of the plans asked for can run here: {reasons}")
     return list(chosen.values())
-
-
-def store(bundle: Bundle, compared: Sequence[Compared], pages: Mapping[str, str]) -> None:
-    """Puts reports into the bundle; a read-only bundle is left as it is.
-
-    Args:
-        bundle: The bundle.
-        compared: Reports on its own reference texts: no others may lie there.
-        pages: Plan to its HTML page, as far as pages were made.
-    """
-    folder = bundle.path / "reports"
-    try:
-        folder.mkdir(exist_ok=True)
-        for one in compared:
-            plan = one.report["plan"]
-            files = {f"{plan}.json": strict_json.dumps(one.report)}
-            if plan in pages:
-                files[f"{plan}.html"] = pages[plan]
-            for name, text in files.items():
-                with cache.replacing(folder / name) as file:
-                    file.write(text.encode())
-    except OSError as error:
-        logger.warning("reports are not stored: %s cannot be written (%s)", folder, error.strerror)
-
-
-def dump(directory: Path, compared: Sequence[Compared], reference: Reference) -> None:
-    """Writes the texts, the reference's vectors and each plan's, as ``report --dump`` does.
-
-    Raises:
-        InputError: The directory cannot be written.
-    """
-    lines = [
-        strict_json.canonical(
-            {"id": row.id, "text": row.text, "input_type": row.input_type, "task": row.task}
-        )
-        for row in reference.rows
-    ]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with cache.replacing(directory / "texts.jsonl") as file:
-            file.write(b"\n".join(lines) + b"\n")
-        arrays = {"reference": reference.vectors}
-        arrays |= {str(one.report["plan"]): one.vectors for one in compared}
-        for name, vectors in arrays.items():
-            with cache.replacing(directory / f"{name}.npy") as file:
-                np.save(file, vectors)
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}") from error
 
 
 def agreement(compared: Sequence[Compared]) -> list[dict[str, Any]]:

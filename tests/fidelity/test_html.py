@@ -17,8 +17,15 @@ from hypothesis import strategies as st
 from lowmem.artifact.verdict import FLOORS, Floor
 from lowmem.errors import BackendError, InputError
 from lowmem.fidelity import metrics
-from lowmem.fidelity.figure_text import cosine_text, size_text, speed_text
+from lowmem.fidelity.figure_text import (
+    cosine_text,
+    signed_text,
+    size_text,
+    speed_text,
+    tiny_text,
+)
 from lowmem.fidelity.html import ReportContext, headline, render
+from lowmem.fidelity.pictures import unbeaten
 
 STANDARD = FLOORS["standard"]
 CONTEXT = ReportContext(
@@ -268,7 +275,7 @@ def test_the_verdict_comes_first_and_says_what_to_use_and_what_not() -> None:
         r"Fastest that passes int8-torch-cpu-int8 : 300 tokens/s, 4\.00 GiB, mean cosine 0\.995\d; "
         r"weakest group: .* mean 0\.99\d\d \(\d+ texts\) "
         r"Not faithful enough int4 \(2 plans\): mean 0\.9\d\d\d < 0\.985, "
-        r"5th percentile 0\.\d{4} < 0\.965, worst text 0\.\d{4} < 0\.9 Plans ",
+        r"5th percentile 0\.\d{4} < 0\.965, worst text 0\.\d{4} < 0\.9 Ready for what",
         text,
     ), text[:900]
 
@@ -292,7 +299,9 @@ def test_a_plan_that_fails_alone_is_named_with_only_the_figures_that_fail() -> N
     cosine = {"mean": 0.99, "median": 0.99, "p5": 0.86, "p1": 0.86, "min": 0.9}
     failing = report("int4-torch-cpu-fp32", FAIR, cosine=cosine)
     text = words(page_of([*FOUR[:2], failing]))
-    assert "Not faithful enough int4-torch-cpu-fp32 : 5th percentile 0.8600 < 0.965 Plans" in text
+    assert (
+        "Not faithful enough int4-torch-cpu-fp32 : 5th percentile 0.8600 < 0.965 Ready for" in text
+    )
     both = words(page_of([failing, report("int4-torch-cpu-int8", GOOD), *FOUR[2:]]))
     assert "int4 (3 of 4 plans): mean 0.9" in both
     assert re.search(r"5th percentile 0\.8600 to 0\.\d{4} < 0\.965", both)
@@ -333,7 +342,7 @@ def test_the_table_has_passing_plans_first_and_the_fastest_of_each_first() -> No
     assert rows[1][4:7] == ["4.25", "4.00 GiB", "300"]
     assert rows[1][-3:] == ["0.850", "0.970", "pass"]
     assert [row[-1] for row in rows if len(row) > 2] == ["pass", "pass", "fail", "fail"]
-    assert page.count('class="number low"') == 6
+    assert page[: page.index("</table>")].count('class="number low"') == 6
 
 
 def test_names_with_dashes_are_taken_apart_at_the_engine() -> None:
@@ -531,9 +540,10 @@ def test_older_reports_without_newer_figures_have_a_page() -> None:
 
 
 def test_plans_without_cosines_of_each_text_are_not_drawn() -> None:
-    assert "<svg" not in page_of(FOUR)
+    assert "<svg" not in page_of(FOUR[:1])
+    assert page_of(FOUR).count("<svg") == 1  # sizes are drawn from the reports
     page = render(FOUR, {"int8-torch-cpu-int8": cosines_of(FAIR)}, TOKENS, CONTEXT)
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert ">fp16-torch-cpu-bf16</text>" not in page
     assert ">int8-torch-cpu-int8</text>" in page
 
@@ -581,6 +591,18 @@ def test_sizes_and_speeds_have_three_digits_and_a_unit() -> None:
     assert [speed_text(n) for n in (None, 0.5, 12.34, 99.96, 123.4, 12345.6)] == [
         *("–", "0.500", "12.3", "100.0", "123", "12,346")
     ]
+
+
+def test_changes_have_a_sign_and_what_is_no_change_has_none() -> None:
+    assert [signed_text(value, 3) for value in (None, 0.0123, -0.0123, -0.0001, 0.0)] == [
+        *("–", "+0.012", "-0.012", "0.000", "0.000")
+    ]
+    assert [tiny_text(value) for value in (None, 0.0, 2.34e-12)] == ["–", "0", "2e-12"]
+
+
+def test_the_line_of_the_picture_of_sizes_joins_what_no_smaller_plan_beats() -> None:
+    bits, values = [4.0, 8.0, 8.0, 16.0, 4.5], [0.9, 0.95, 0.99, 0.98, 0.8]
+    assert unbeaten(bits, values) == [(4.0, 0.9), (8.0, 0.99)]
 
 
 def test_a_page_needs_a_plan() -> None:
