@@ -432,8 +432,10 @@ def test_each_plan_lists_its_worst_texts_and_what_became_of_their_neighbours() -
     assert f"<code>{FOUR[2]['worst'][0]['id']}</code>" in details[0]
     text = words(details[0].join(("<body>", "")))
     assert "Keeps 6 of its 10 nearest." in text
-    assert "Its nearest was: What stood nearest before Now: What stands nearest now" in text
-    assert "Its nearest stays: What stands nearest now" in text
+    assert (
+        "Its nearest was “ What stood nearest before ”, and is “ What stands nearest now ”." in text
+    )
+    assert "Its nearest stays: “ What stands nearest now ”." in text
 
 
 def test_each_verdict_stands_once_with_its_reasons_and_plans() -> None:
