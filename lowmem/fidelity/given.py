@@ -48,15 +48,14 @@ def read_vectors(path: Path, rows: int, hidden_size: int, is_normalized: bool) -
             or has not the length that it should have; of those the first ten are named.
     """
     try:
-        stored: Any = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            stored: Any = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as .npy: {error}") from error
-    is_float = isinstance(stored, np.ndarray) and np.issubdtype(stored.dtype, np.floating)
-    if not is_float or stored.shape != (rows, hidden_size):
-        found = f"{stored.dtype} {list(stored.shape)}" if isinstance(stored, np.ndarray) else "more"
+    if not np.issubdtype(stored.dtype, np.floating) or stored.shape != (rows, hidden_size):
         raise InputError(
             f"reference vectors must be floats [{rows}, {hidden_size}], one for each text in its "
-            f"order, got {found} ({path})"
+            f"order, got {stored.dtype} {list(stored.shape)} ({path})"
         )
     vectors: Vectors = stored.astype(np.float32)
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1)

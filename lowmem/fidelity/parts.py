@@ -142,12 +142,12 @@ def _end(order: Sequence[int], tokens: Sequence[int], start: int, wanted: int) -
 
 def _read(file: Path) -> tuple[Vectors, Record] | None:
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             vectors: Vectors = stored["vectors"]
             return vectors, Record(**json.loads(stored["record"].tobytes()))
-    except FileNotFoundError:
+    except OSError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         logger.warning("%s is damaged and is made anew: %s", file, error)
         return None
 

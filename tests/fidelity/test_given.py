@@ -1,5 +1,6 @@
 import hashlib
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_files_that_are_no_array_are_refused(tmp_path: Path) -> None:
         ("b.npz", "got more"),
         ("c.npy", "c.npy"),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=f"{name} cannot be read as"):
             given.read_vectors(tmp_path / name, 20, 32, True)
 
 
@@ -81,10 +82,11 @@ def test_vectors_of_the_same_run_are_taken_in_silence(caplog: pytest.LogCaptureF
 
 
 def test_vectors_in_another_order_are_refused_with_the_one_that_fits() -> None:
-    with pytest.raises(
-        InputError, match=r"text 0 \(text-0\) .* vector 19 fits that text, so they are in another"
-    ):
+    with pytest.raises(InputError) as caught:
         taken(unit()[::-1], unit()[given.checked(20)])
+    found = re.search(r"text (\d+) .* vector (\d+) fits that text, so they are", str(caught.value))
+    assert found is not None
+    assert int(found[1]) + int(found[2]) == 19
 
 
 def test_vectors_of_another_model_are_refused() -> None:
