@@ -64,11 +64,7 @@ def test_lengths_are_free_where_the_contract_does_not_normalise(tmp_path: Path) 
 def test_files_that_are_no_array_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_text("no")
     np.savez(tmp_path / "b.npz", a=unit())
-    for name, message in (
-        ("a.npy", "cannot be read as"),
-        ("b.npz", "got more"),
-        ("c.npy", "c.npy"),
-    ):
+    for name in ("a.npy", "b.npz", "c.npy"):
         with pytest.raises(InputError, match=f"{name} cannot be read as"):
             given.read_vectors(tmp_path / name, 20, 32, True)
 
