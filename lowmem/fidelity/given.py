@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def read_vectors(path: Path, rows: int, hidden_size: int, is_normalized: bool) -
         InputError: The file cannot be read, its shape is another, a vector is not finite, is zero
             or has not the length that it should have; of those the first ten are named.
     """
+    read: Callable[..., Any] = np.lib.format.read_array  # has no types of its own
     try:
         with path.open("rb") as file:
-            stored: Any = np.lib.format.read_array(file, allow_pickle=False)
+            stored = read(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as .npy: {error}") from error
     if not np.issubdtype(stored.dtype, np.floating) or stored.shape != (rows, hidden_size):
