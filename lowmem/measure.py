@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from lowmem.data import Row
 from lowmem.errors import BackendError, LowmemError
 
 PACKAGES = ("lowmem", "numpy", "torch", "onnxruntime", "tokenizers")
+_ROW_KEYS = tuple(one.name for one in fields(Row))  # a row of a file knows its line besides
 _SAMPLE_SECONDS = 0.005
 _CHILD = "from lowmem.measure import run_child; run_child()"
 
@@ -106,7 +107,7 @@ def measure(
     job = {
         "bundle": str(bundle),
         "plan": asdict(plan),
-        "rows": [asdict(row) for row in rows],
+        "rows": [{name: getattr(row, name) for name in _ROW_KEYS} for row in rows],
         "passes": [asdict(one) for one in passes or [Pass(tuple(range(len(rows))))] * repeats],
         "keeps_all": bool(passes),
         "warm_up": warm_up,
