@@ -15,11 +15,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lowmem import errors
 from lowmem.artifact.manifest import Bundle
@@ -30,8 +31,22 @@ from lowmem.data import Row
 from lowmem.errors import BackendError, LowmemError
 
 PACKAGES = ("lowmem", "numpy", "torch", "onnxruntime", "tokenizers")
+_ROW_KEYS = tuple(one.name for one in fields(Row))  # a row of a file knows its line besides
 _SAMPLE_SECONDS = 0.005
 _CHILD = "from lowmem.measure import run_child; run_child()"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of the engine.
+
+    Attributes:
+        rows: Positions of the texts, in the order in which they are given.
+        batch_size: Most texts that are computed together, or None for the token budget alone.
+    """
+
+    rows: tuple[int, ...]
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,7 @@ def measure(
     rows: Sequence[Row],
     *,
     repeats: int = 1,
+    passes: Sequence[Pass] = (),
     warm_up: bool = True,
     vectors: Path | None = None,
     timeout_seconds: float | None = None,
@@ -92,9 +108,11 @@ def measure(
         bundle: The bundle.
         plan: What to run.
         rows: The texts; those over the contract's limit are cut, EOS kept.
-        repeats: Timed passes.
+        repeats: Timed passes over all texts.
+        passes: What to run in place of them, one after another.
         warm_up: Whether to run a few short texts first, which are not timed.
-        vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``.
+        vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``; of
+            several ``passes`` those of each behind those of the one before.
         timeout_seconds: When to give up.
 
     Raises:
@@ -103,8 +121,9 @@ def measure(
     job = {
         "bundle": str(bundle),
         "plan": asdict(plan),
-        "rows": [asdict(row) for row in rows],
-        "repeats": repeats,
+        "rows": [{name: getattr(row, name) for name in _ROW_KEYS} for row in rows],
+        "passes": [asdict(one) for one in passes or [Pass(tuple(range(len(rows))))] * repeats],
+        "keeps_all": bool(passes),
         "warm_up": warm_up,
         "vectors": None if vectors is None else str(vectors),
     }
@@ -220,13 +239,19 @@ def _run_job(job: dict[str, Any]) -> Record:
     if job["warm_up"]:
         shortest = sorted(texts, key=lambda text: len(text.input_ids))[:4]
         runner.embed(shortest, normalize=normalize, must_be_finite=False)
-    seconds, waited_before = [], runner.waited_seconds
-    for _ in range(job["repeats"]):
+    waited_before = runner.waited_seconds
+    seconds = []
+    embedded: list[NDArray[np.float32]] = []
+    for one in job["passes"]:
+        given = [texts[row] for row in one["rows"]]
         start = time.perf_counter()
-        embedded = runner.embed(texts, normalize=normalize, must_be_finite=False)
+        vectors = runner.embed(
+            given, normalize=normalize, batch_size=one["batch_size"], must_be_finite=False
+        )
         seconds.append(time.perf_counter() - start)
+        embedded = [*embedded, vectors] if job["keeps_all"] else [vectors]
     if job["vectors"] is not None:
-        np.save(job["vectors"], embedded)
+        np.save(job["vectors"], np.concatenate(embedded))
     lengths = [len(text.input_ids) for text in texts]
     is_causal = runner.contract.is_causal
     return Record(

@@ -11,8 +11,9 @@ from lowmem import measure as measure_module
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import BackendError, InputError
-from lowmem.measure import MemoryPeak, measure
+from lowmem.measure import MemoryPeak, Pass, measure
 from tests.models import TEXTS
+from tests.tolerances import INVARIANCE_DISTANCE
 
 PLAN = Plan("fp16", "torch", "cpu", "fp32", "resident")
 ROWS = [Row(str(number), text) for number, text in enumerate(TEXTS)]
@@ -29,6 +30,16 @@ def test_a_record_counts_texts_and_tokens_and_shows_speed_and_memory(tiny_bundle
     vectors = np.load(tmp_path / "vectors.npy")
     assert vectors.shape == (len(ROWS), 128)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+
+
+def test_passes_give_their_vectors_one_behind_the_other(tiny_bundle, tmp_path):
+    passes = [Pass((2, 0)), Pass((1, 2), batch_size=1)]
+    record = measure(tiny_bundle, PLAN, ROWS, passes=passes, vectors=tmp_path / "passes.npy")
+    measure(tiny_bundle, PLAN, ROWS, vectors=tmp_path / "vectors.npy")
+    assert len(record.seconds) == 2
+    found, expected = np.load(tmp_path / "passes.npy"), np.load(tmp_path / "vectors.npy")
+    distances = np.linalg.norm(found - expected[[2, 0, 1, 2]], axis=1)
+    assert distances.max() < INVARIANCE_DISTANCE
 
 
 def test_an_error_of_the_child_keeps_its_class_and_text(tiny_bundle):

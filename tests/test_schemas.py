@@ -171,8 +171,10 @@ def test_a_plan_outside_the_form_is_found(change: dict[str, Any]) -> None:
 
 
 def test_a_report_is_valid_with_or_without_figures_that_may_be_missing() -> None:
-    full = {**REPORT, "overlap": {"1": 0.9, "10": 0.8}, "spearman": 0.97, "retrieval": {}}
-    assert problems("report", {"format": 1, "reports": [REPORT, full]}) == []
+    full = {**REPORT, "overlap": {"1": 0.9, "10": 0.8}, "spearman": 0.97}
+    newer = dict.fromkeys(("search", "invariance", "reference_given"))
+    assert problems("report", {"format": 1, "reports": [REPORT, full, {**full, **newer}]}) == []
+    assert problems("report", {"format": 1, "reports": [], "agreement": [], "drift": None}) == []
 
 
 @pytest.mark.parametrize("key", sorted(REPORT))
@@ -194,6 +196,11 @@ def test_a_report_lacks_no_key(key: str) -> None:
         {"cosine": {**REPORT["cosine"], "p5": None}},
         {"overlap": {"1": 0.5}},
         {"worst": ["short-01"]},
+        {"retrieval": {}},
+        {"sts": {"pairs": 5}},
+        {"invariance": {"texts": 6, "alone": -1, "shuffled": 0, "neighbours": 0}},
+        {"readiness": {"state": "perhaps"}},
+        {"outputs": [{"name": "int8"}]},
     ],
 )
 def test_a_report_outside_the_form_is_found(change: dict[str, Any]) -> None:

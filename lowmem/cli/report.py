@@ -13,12 +13,24 @@ from lowmem.artifact import strict_json
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor, parse_floor
 from lowmem.cli import options
+from lowmem.cli.report_tables import table
+from lowmem.compute.plan import Plan
 from lowmem.errors import BackendError, InputError
-from lowmem.fidelity import html, reference
-from lowmem.fidelity.report import Compared, compare_plans, dump, one_of_each, store
+from lowmem.fidelity import drift, html, reference, retrieval, sts
+from lowmem.fidelity.inputs import Inputs, Wanted, want
+from lowmem.fidelity.pace import Pace
+from lowmem.fidelity.parts import Parts
+from lowmem.fidelity.report import (
+    Compared,
+    agreement,
+    compare_plans,
+    one_of_each,
+)
+from lowmem.fidelity.store import dump, store
 from lowmem.hardware import Hardware
 from lowmem.measure import package_versions
 from lowmem.planner.candidates import Subject, Wishes, candidates
+from lowmem.planner.timing import known_speeds
 from lowmem.progress import bar
 from lowmem.text.files import read_rows
 
@@ -31,6 +43,34 @@ def report(
         Path | None, typer.Option(help="Your own texts (.txt, .jsonl, .csv, .parquet).")
     ] = None,
     column: Annotated[str, typer.Option(help="Where the text is in that file.")] = "text",
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Take N texts that stand for all, the same always."),
+    ] = None,
+    retrieval_directory: Annotated[
+        Path | None,
+        typer.Option("--retrieval", metavar="DIR", help="A judged collection in BEIR's layout."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Instruction of that collection's queries, text or name.")
+    ] = None,
+    sts_file: Annotated[
+        Path | None,
+        typer.Option("--sts", metavar="FILE", help="Pairs with scores (.jsonl, .csv)."),
+    ] = None,
+    sts_task: Annotated[
+        str | None, typer.Option(help="Instruction of both texts of those pairs; none by default.")
+    ] = None,
+    reference_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference", metavar="FILE", help="Another 16-bit run of the texts, as .npy."
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(metavar="OLD.json", help="An earlier --json: show what changed since."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the full report.")
     ] = None,
@@ -51,77 +91,91 @@ def report(
     if html_file is not None:
         html.check_installed()
     opened = Bundle(bundle)
-    wanted = parse_floor(floor)
+    least = parse_floor(floor)
     for file in (json_file, html_file):
         if file is not None and not file.absolute().parent.is_dir():
             raise InputError(f"{file} cannot be written: its directory does not exist")
+    for option, needed, name in (
+        (task, retrieval_directory, "--task is the instruction of --retrieval"),
+        (sts_task, sts_file, "--sts-task is the instruction of --sts"),
+    ):
+        if option is not None and needed is None:
+            raise InputError(f"{name}, which was not given")
+    old = drift.read_reports(compare) if compare is not None else None
+    wanted = want(
+        opened,
+        texts=None if texts is None else (texts.name, read_rows(texts, column=column)),
+        given_file=reference_file,
+        limit=limit,
+        collection=None
+        if retrieval_directory is None
+        else retrieval.read_collection(retrieval_directory, task),
+        pairs=None if sts_file is None else sts.read_pairs(sts_file, sts_task),
+    )
+    if compare is not None and old is not None:
+        drift.check_same_texts(compare, old, wanted.texts_sha256)
     machine = hardware.probe()
     subject = Subject.of_bundle(opened)
     wishes = Wishes(variant, engine, device, compute, schedule)
     plans = one_of_each(candidates(subject, machine, wishes))
-    compared_with = _reference(opened, texts, column, machine)
-    compared = compare_plans(
-        opened,
-        plans,
-        compared_with,
-        wanted,
-        on_plan=lambda plan: typer.echo(f"comparing {plan.report_id}", err=True),
-    )
-    if texts is None:
-        store(opened, compared, _pages(opened, compared, compared_with, machine, wanted))
+    parts = Parts()
+    inputs, compared = _compare(opened, subject, plans, wanted, least, machine, parts)
+    is_built_in = texts is None and reference_file is None and inputs.texts.all_texts is None
+    if is_built_in:
+        store(opened, compared, _pages(opened, compared, inputs, machine, least))
     reports = [one.report for one in compared]
+    result: dict[str, Any] = {
+        "format": 1,
+        "reports": reports,
+        "agreement": agreement(compared),
+        "drift": None if compare is None or not old else drift.drift(compare.name, old, reports),
+    }
     if json_file is not None:
-        _write(json_file, strict_json.dumps({"format": 1, "reports": reports}))
+        _write(json_file, strict_json.dumps(result))
     if html_file is not None:
-        _write(html_file, _page(opened, compared, compared_with, machine, wanted))
+        page = _page(opened, compared, inputs, machine, least, result)
+        _write(html_file, page)
     if dump_directory is not None:
-        dump(dump_directory, compared, compared_with)
-    typer.echo(table(reports, wanted))
+        dump(dump_directory, compared, inputs.texts)
+    parts.forget()
+    typer.echo(table(reports, least))
+    if result["drift"] is not None:
+        typer.echo(f"\n{drift.table(result['drift'])}")
     if any(one["verdict"] == "fail" for one in reports):
         raise typer.Exit(BELOW_THE_FLOOR)
 
 
-def table(reports: Sequence[dict[str, Any]], floor: Floor) -> str:
-    """The reports as text, at most 80 columns wide."""
-    texts = reports[0]["texts"]
-    lines = [
-        f"{texts['count']} texts ({texts['name']}), {texts['tokens']} tokens; floor {floor.name}: "
-        f"mean {floor.mean}, p5 {floor.p5}, min {floor.min}",
-        "",
-        f"{'plan':<30} {'bits':>5} {'tok/s':>6} {'mean':>7} {'p5':>7} {'min':>7} {'top10':>5}",
-    ]
-    for one in sorted(reports, key=lambda one: (one["verdict"] == "fail", -one["cosine"]["mean"])):
-        cosine, overlap = one["cosine"], one["overlap"]["10"]
-        lines.append(
-            f"{one['plan']:<30} {one['bits_per_weight']['linears']:5.2f} "
-            f"{one['tokens_per_second']:6.0f} {cosine['mean']:7.4f} {cosine['p5']:7.4f} "
-            f"{cosine['min']:7.4f} {'-' if overlap is None else format(overlap, '5.2f'):>5} "
-            f"{one['verdict']}"
-        )
-    return "\n".join(lines)
+def _compare(
+    bundle: Bundle,
+    subject: Subject,
+    plans: Sequence[Plan],
+    wanted: Wanted,
+    floor: Floor,
+    machine: Hardware,
+    parts: Parts,
+) -> tuple[Inputs, list[Compared]]:
+    """Embeds everything, with the time that is left on stderr."""
+    config = subject.config
+    cpu_speed = reference.products_per_second() / (2 * config.linear_weights)
+    speeds = known_speeds(plans, bundle, config, machine)
+    tokens, own = wanted.plan_tokens, wanted.reference_tokens
+    pace = Pace(plans, tokens, own, speeds, cpu_speed)
+    count = f"{len(plans)} plan{'s' if len(plans) > 1 else ''}"
+    typer.echo(f"{count}, {tokens} tokens each: {pace.left()}", err=True)
+    inputs = wanted.embedded(machine.cpu_threads, parts, bar)
 
+    def on_plan(plan: Plan, seconds: float) -> None:
+        pace.finished(plan, seconds)
+        left = f", {pace.left()} left" if plan is not plans[-1] else ""
+        typer.echo(f"compared {plan.report_id} in {seconds:.0f} s{left}", err=True)
 
-def _reference(
-    bundle: Bundle, texts: Path | None, column: str, machine: Hardware
-) -> reference.Reference:
-    if texts is not None:
-        rows = read_rows(texts, column=column)
-        if not rows:
-            raise InputError(f"{texts} holds no text")
-        with bar("reference vectors", len(rows)) as advance:
-            return reference.of_own_texts(bundle, texts.name, rows, machine.cpu_threads, advance)
-    stored = reference.stored(bundle)
-    if stored is None:
-        raise InputError(
-            f"{bundle.path} has no reference vectors: export again with --reference-texts probe"
-        )
-    return stored
+    return inputs, compare_plans(bundle, plans, inputs, floor, machine, parts, bar, on_plan)
 
 
 def _pages(
     bundle: Bundle,
     compared: Sequence[Compared],
-    compared_with: reference.Reference,
+    inputs: Inputs,
     machine: Hardware,
     floor: Floor,
 ) -> dict[str, str]:
@@ -131,7 +185,7 @@ def _pages(
     except BackendError:
         return {}
     return {
-        str(one.report["plan"]): _page(bundle, [one], compared_with, machine, floor)
+        str(one.report["plan"]): _page(bundle, [one], inputs, machine, floor, {})
         for one in compared
     }
 
@@ -139,24 +193,27 @@ def _pages(
 def _page(
     bundle: Bundle,
     compared: Sequence[Compared],
-    compared_with: reference.Reference,
+    inputs: Inputs,
     machine: Hardware,
     floor: Floor,
+    result: dict[str, Any],
 ) -> str:
     context = html.ReportContext(
         model=str(bundle.manifest.source["name"]),
         licence=bundle.manifest.licence,
         source_sha256=str(bundle.manifest.source["sha256"]),
         machine=f"{machine.cpu_name}, {machine.cpu_threads} threads",
-        texts=compared_with.name,
+        texts=inputs.texts.name,
         versions=package_versions(),
         floor=floor,
     )
     return html.render(
         [one.report for one in compared],
         {str(one.report["plan"]): one.cosines.tolist() for one in compared},
-        compared_with.tokens,
+        inputs.texts.tokens,
         context,
+        agreement=result.get("agreement", ()),
+        drift=result.get("drift"),
     )
 
 

@@ -7,7 +7,6 @@ everywhere; the verdict that is stored in a report is not asked.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,21 @@ from typing import Any
 from lowmem.artifact import verdict
 from lowmem.artifact.verdict import FIGURES, Floor
 from lowmem.errors import InputError, missing_extra
-from lowmem.fidelity import pictures
-from lowmem.fidelity.pictures import Series
+from lowmem.fidelity import figure_text, pictures, sections
+from lowmem.fidelity.drawing import Series
+from lowmem.fidelity.figure_text import NONE, cosine_text, size_text
+from lowmem.fidelity.readiness import SIGN_OFF_TEXTS
 
 FIGURE_NAMES = {"mean": "mean", "p5": "5th percentile", "min": "worst text"}
-_TEMPLATE = "report.html.j2"
+_TEMPLATES = ("report.html.j2", "report_sections.html.j2")
+_SEARCH_FIGURES = {
+    "ndcg@10": "nDCG@10",
+    "recall@10": "Recall@10",
+    "recall@100": "Recall@100",
+    "mrr@10": "MRR@10",
+}
 _PLAN = re.compile(r"(.+)-(torch|onnxruntime)-(cpu|cuda)-(.+)", re.DOTALL)
-_NONE = "–"
 _GROUP_TEXTS = 3  # fewer are no group worth naming
-_SIGN_OFF_TEXTS = 100  # of fewer, the 5th percentile rests on fewer than five
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,9 @@ def render(
     cosines: Mapping[str, Sequence[float]],
     tokens: Sequence[int],
     context: ReportContext,
+    *,
+    agreement: Sequence[Mapping[str, Any]] = (),
+    drift: Mapping[str, Any] | None = None,
 ) -> str:
     """Returns the page, in UTF-8 when encoded; equal arguments give equal text.
 
@@ -101,6 +109,8 @@ def render(
         cosines: Plan to the cosine of each text, for the pictures; a plan may be left out.
         tokens: Length of each text, special tokens and instruction included.
         context: What else the page says.
+        agreement: How far each two plans agree, as in ``report --json``.
+        drift: What changed since an earlier report, as in ``report --json``.
 
     Raises:
         InputError: There is no report.
@@ -118,11 +128,11 @@ def render(
     texts = reports[0]["texts"]
     page: str = (
         _environment()
-        .get_template(_TEMPLATE)
+        .get_template(_TEMPLATES[0])
         .render(
             context=context,
             texts=texts,
-            is_small=texts["count"] < _SIGN_OFF_TEXTS,
+            is_small=texts["count"] < SIGN_OFF_TEXTS,
             longest=max(tokens, default=0),
             languages=sum(one["kind"] == "language" for one in reports[0]["buckets"]),
             headline=headline(len(passing), len(rows)),
@@ -138,6 +148,20 @@ def render(
             artifacts=sorted({(row.variant, row.report["artifact_sha256"]) for row in rows}),
             reference_sha256=reports[0]["reference_sha256"],
             pictures=_pictures(passing, failing, cosines, tokens, context.floor),
+            frontier=_frontier(rows, context.floor),
+            verdicts=sections.verdicts([row.report for row in rows], context.floor),
+            group_tables=sections.group_tables([row.report for row in rows]),
+            output_names=sections.output_names([row.report for row in rows]),
+            given=reports[0].get("reference_given"),
+            matrix=sections.matrix([row.plan for row in rows], agreement),
+            calibrated=sections.calibrated([row.report for row in rows]),
+            drift=drift,
+            untested=sections.untested_groups(reports[0]),
+            rows=rows,
+            reports=reports,
+            search_figures=_SEARCH_FIGURES,
+            searched=lambda row: row.report["retrieval"]["figures"],
+            paired=lambda row: row.report["sts"],
         )
     )
     return page
@@ -196,39 +220,6 @@ def reasons(rows: Sequence[Row], floor: Floor) -> Iterator[tuple[str, str]]:
         yield name, f"{count}: {', '.join(why)}"
 
 
-def cosine_text(value: float, bound: float | None = None) -> str:
-    """Four decimals, or as many as show that a value is below a bound."""
-    for decimals in range(4, 17):
-        text = f"{value:.{decimals}f}"
-        if bound is None or value >= bound or float(text) < bound:
-            break
-    return text
-
-
-def size_text(count: float | None) -> str:
-    """Bytes for people."""
-    if count is None:
-        return _NONE
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            digits = f"{count / size:#.3g}" if count < 100 * size else f"{count / size:.0f}"
-            return f"{digits} {unit}"
-    return f"{count:.0f} B"
-
-
-def speed_text(tokens_per_second: float | None) -> str:
-    """Three digits or more, thousands apart."""
-    if not tokens_per_second:
-        return _NONE
-    decimals = max(0, 2 - math.floor(math.log10(tokens_per_second)))
-    return f"{tokens_per_second:,.{decimals}f}"
-
-
-def share_text(value: float | None) -> str:
-    """Three decimals."""
-    return _NONE if value is None else f"{value:.3f}"
-
-
 def _below(name: str, values: Sequence[float], bound: float) -> str:
     least, most = cosine_text(min(values), bound), cosine_text(max(values), bound)
     span = least if least == most else f"{least} to {most}"
@@ -238,7 +229,7 @@ def _below(name: str, values: Sequence[float], bound: float) -> str:
 def _row(report: Mapping[str, Any], floor: Floor) -> Row:
     match = _PLAN.fullmatch(report["plan"])
     variant, engine, device, compute = (
-        match.groups() if match else (report["plan"], _NONE, _NONE, _NONE)
+        match.groups() if match else (report["plan"], NONE, NONE, NONE)
     )
     return Row(
         report,
@@ -276,21 +267,36 @@ def _pictures(
     )
 
 
+def _frontier(rows: Sequence[Row], floor: Floor) -> str | None:
+    """Size against fidelity, of two plans or more."""
+    if len(rows) < 2:
+        return None
+    points = [
+        pictures.Point(
+            row.plan,
+            row.variant,
+            row.compute,
+            row.report["bits_per_weight"]["linears"],
+            size_text(row.report["bytes"]),
+            row.report["cosine"]["mean"],
+            row.report["cosine"]["p5"],
+        )
+        for row in rows
+    ]
+    return pictures.frontier(points, floor)
+
+
 def _environment() -> Any:
     import jinja2
 
-    source = resources.files("lowmem.fidelity").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    folder = resources.files("lowmem.fidelity")
+    sources = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in _TEMPLATES}
     environment = jinja2.Environment(
-        loader=jinja2.DictLoader({_TEMPLATE: source}),
+        loader=jinja2.DictLoader(sources),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "cosine": cosine_text,
-        "size": size_text,
-        "speed": speed_text,
-        "share": share_text,
-    }
+    environment.filters |= figure_text.FILTERS
     return environment

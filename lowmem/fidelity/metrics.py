@@ -1,33 +1,27 @@
 """How far vectors are from the reference: by themselves, and in the order they give to texts.
 
-Everything is computed in float64 from float32 rows, a block at a time, so that no copy of all
-vectors is made. No result is NaN: a row that holds NaN or infinity has the cosine -1, is counted
-by :func:`nonfinite`, and so fails any floor and can be written as JSON.
+No result is NaN: a row that holds NaN or infinity has the cosine -1, is counted by
+:func:`nonfinite`, and so fails any floor and can be written as JSON.
 
 Letters in shapes: n texts, d dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lowmem.errors import InputError
-
-Vectors = NDArray[np.float32]
-Floats = NDArray[np.float64]
+from lowmem.fidelity.directions import Floats, Vectors, blocks, cosine_rows, is_finite, unit_rows
+from lowmem.fidelity.statistics import correlation
 
 LENGTHS = (16, 64, 256, 1024, 4096)
 LENGTH_NAMES = ("1-16", "17-64", "65-256", "257-1024", "1025-4096", "4097+")
 SPEARMAN_TEXTS = 2000
 
-_BLOCK_ROWS = 512
 _SEED = 20240229
-# Equal vectors can have cosines that differ in the last bits, by where in a product they stand.
-_TIE_DECIMALS = 12
 
 
 def cosines(reference: Vectors, vectors: Vectors) -> Floats:
@@ -47,47 +41,12 @@ def cosines(reference: Vectors, vectors: Vectors) -> Floats:
     """
     _check(reference, vectors)
     result = np.empty(len(reference))
-    for rows in _blocks(len(reference)):
-        r, v = _directions(reference[rows]), _directions(vectors[rows])
+    for rows in blocks(len(reference)):
+        r, v = unit_rows(reference[rows]), unit_rows(vectors[rows])
         cosine = np.einsum("nd,nd->n", r, v).clip(-1.0, 1.0)
-        is_finite = _is_finite(reference[rows]) & _is_finite(vectors[rows])
-        result[rows] = np.where(is_finite, cosine, -1.0)
+        both = is_finite(reference[rows]) & is_finite(vectors[rows])
+        result[rows] = np.where(both, cosine, -1.0)
     return result
-
-
-def overlap(reference: Vectors, vectors: Vectors, k: int) -> float | None:
-    """Mean share of a text's k nearest other texts that stay among its k nearest.
-
-    Nearest is by cosine, the text itself left out; of equally near texts (cosines that agree to
-    12 decimals) the first in order counts as nearer, in reference and vectors alike. Where there
-    are no k others, k is n - 1. A row that is zero or holds NaN or infinity has no direction: it
-    comes last for every other text and its own share is 0. Cost: 4 n² d operations, and memory for
-    a few arrays [512, n].
-
-    Args:
-        reference: float32 [n, d].
-        vectors: float32 [n, d].
-        k: How many neighbours, at least 1.
-
-    Returns:
-        From 0 to 1, or None for a single text, which has no neighbour.
-
-    Raises:
-        InputError: The shapes differ, there is no text, or k is below 1.
-    """
-    _check(reference, vectors)
-    if k < 1:
-        raise InputError(f"k must be at least 1, got {k}")
-    count = len(reference)
-    k = min(k, count - 1)
-    if k == 0:
-        return None
-    has_direction = _has_direction(reference) & _has_direction(vectors)
-    common = 0
-    for rows in _blocks(count):
-        kept = _nearest(reference, rows, k) & _nearest(vectors, rows, k)
-        common += int(kept[has_direction[rows]].sum())
-    return common / (k * count)
 
 
 def spearman(reference: Vectors, vectors: Vectors) -> float | None:
@@ -115,9 +74,7 @@ def spearman(reference: Vectors, vectors: Vectors) -> float | None:
     if count > SPEARMAN_TEXTS:
         drawn = np.random.default_rng(_SEED).choice(count, SPEARMAN_TEXTS, replace=False)
         reference, vectors = reference[np.sort(drawn)], vectors[np.sort(drawn)]
-    a, b = (_centred_ranks(_pair_cosines(side)) for side in (reference, vectors))
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(np.clip(a @ b / scale, -1.0, 1.0)) if scale > 0 else None
+    return correlation(_pair_cosines(reference), _pair_cosines(vectors))
 
 
 def summary(cosine: Floats) -> dict[str, float]:
@@ -147,6 +104,7 @@ def buckets(
     tokens: Sequence[int],
     languages: Sequence[str],
     input_types: Sequence[str],
+    kept: Floats | None = None,
 ) -> list[dict[str, Any]]:
     """The cosines by group of texts: by length, by language, by input type.
 
@@ -157,11 +115,12 @@ def buckets(
         tokens: Length of each text, special tokens and instruction included; [n].
         languages: ISO 639-1 code of each text; one without is in no group of languages; [n].
         input_types: ``query`` or ``document``, [n].
+        kept: Share of each text's neighbours that stay, [n], or None where there are none.
 
     Returns:
         An object for each group that has texts, with ``kind``, ``name``, ``count``, ``mean``,
-        ``p5`` and ``min``: kind ``length`` from short to long, then ``language`` and
-        ``input_type``, sorted by name.
+        ``p5``, ``min`` and, where ``kept`` is given, its mean as ``overlap``: kind ``length`` from
+        short to long, then ``language`` and ``input_type``, sorted by name.
     """
     spans = [LENGTH_NAMES[index] for index in np.searchsorted(LENGTHS, np.asarray(tokens))]
     kinds: list[tuple[str, Sequence[str], Sequence[str]]] = [
@@ -176,25 +135,10 @@ def buckets(
             if members.any():
                 figures = summary(cosine[members])
                 shown = {key: figures[key] for key in ("mean", "p5", "min")}
+                if kept is not None:
+                    shown["overlap"] = float(kept[members].mean())
                 result.append({"kind": kind, "name": name, "count": int(members.sum()), **shown})
     return result
-
-
-def worst(cosine: Floats, ids: Sequence[str], n: int = 10) -> list[dict[str, Any]]:
-    """The n texts with the least cosine.
-
-    Cost: one sort.
-
-    Args:
-        cosine: float64 [texts].
-        ids: Names of the texts, [texts].
-        n: How many at most.
-
-    Returns:
-        Objects with ``id`` and ``cosine``, the least first, equal ones in the order of the texts.
-    """
-    order = np.argsort(cosine, kind="stable")[:n]
-    return [{"id": ids[index], "cosine": float(cosine[index])} for index in order]
 
 
 def norm_error(vectors: Vectors) -> float:
@@ -206,9 +150,9 @@ def norm_error(vectors: Vectors) -> float:
         vectors: float32 [n, d].
     """
     error = 0.0
-    for rows in _blocks(len(vectors)):
+    for rows in blocks(len(vectors)):
         block = vectors[rows]
-        norms = np.linalg.norm(block[_is_finite(block)].astype(np.float64), axis=1)
+        norms = np.linalg.norm(block[is_finite(block)].astype(np.float64), axis=1)
         error = max(error, float(np.abs(norms - 1.0).max(initial=0.0)))
     return error
 
@@ -221,7 +165,7 @@ def nonfinite(vectors: Vectors) -> int:
     Args:
         vectors: float32 [n, d].
     """
-    return sum(int((~_is_finite(vectors[rows])).sum()) for rows in _blocks(len(vectors)))
+    return sum(int((~is_finite(vectors[rows])).sum()) for rows in blocks(len(vectors)))
 
 
 def _check(reference: Vectors, vectors: Vectors) -> None:
@@ -232,65 +176,11 @@ def _check(reference: Vectors, vectors: Vectors) -> None:
         )
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    for start in range(0, count, _BLOCK_ROWS):
-        yield slice(start, min(start + _BLOCK_ROWS, count))
-
-
-def _is_finite(block: Vectors) -> NDArray[np.bool_]:
-    result: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(block), axis=1)
-    return result
-
-
-def _has_direction(vectors: Vectors) -> NDArray[np.bool_]:
-    """Whether a row is finite and not zero, bool [n]."""
-    result = np.empty(len(vectors), np.bool_)
-    for rows in _blocks(len(vectors)):
-        result[rows] = _is_finite(vectors[rows]) & (vectors[rows] != 0).any(axis=1)
-    return result
-
-
-def _directions(block: Vectors) -> Floats:
-    """Rows of unit length, float64; zero for a row without direction."""
-    rows = block.astype(np.float64)
-    rows[~_is_finite(block)] = 0.0
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    np.divide(rows, norms, out=rows, where=norms > 0)
-    return rows
-
-
-def _cosine_rows(vectors: Vectors, rows: slice) -> Floats:
-    """Cosines of some texts to all, rounded so that ties are ties; float64 [rows, n]."""
-    block = _directions(vectors[rows])
-    parts = [block @ _directions(vectors[columns]).T for columns in _blocks(len(vectors))]
-    return np.concatenate(parts, axis=1).round(_TIE_DECIMALS)
-
-
-def _nearest(vectors: Vectors, rows: slice, k: int) -> NDArray[np.bool_]:
-    """Which texts are the k nearest of each of some texts, bool [rows, n]; k below n."""
-    distance = 1.0 - _cosine_rows(vectors, rows)
-    distance[:, ~_has_direction(vectors)] = 3.0  # beyond the opposite direction
-    distance[np.arange(len(distance)), np.arange(rows.start, rows.stop)] = np.inf
-    limit = np.partition(distance, k - 1, axis=1)[:, k - 1 : k]
-    nearer, tied = distance < limit, distance == limit
-    wanted = k - nearer.sum(axis=1, keepdims=True)
-    chosen: NDArray[np.bool_] = nearer | (tied & (tied.cumsum(axis=1) <= wanted))
-    return chosen
-
-
 def _pair_cosines(vectors: Vectors) -> Floats:
     """Cosines of the pairs i < j, float64 [n (n - 1) / 2]."""
     parts = []
-    for rows in _blocks(len(vectors)):
-        block = _cosine_rows(vectors, rows)
+    for rows in blocks(len(vectors)):
+        block = cosine_rows(vectors[rows], vectors)
         is_pair = np.arange(rows.start, rows.stop)[:, None] < np.arange(len(vectors))
         parts.append(block[is_pair])
     return np.concatenate(parts)
-
-
-def _centred_ranks(values: Floats) -> Floats:
-    """Ranks less their mean; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    ranks: Floats = (last - (counts - 1) / 2 - (len(values) + 1) / 2)[inverse]
-    return ranks

@@ -10,7 +10,7 @@ import hashlib
 import io
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
+from lowmem.fidelity.parts import Parts
+from lowmem.measure import Record
+from lowmem.text.batching import EncodedText
 
 Vectors = NDArray[np.float32]
 FORMAT = 1
@@ -44,6 +47,8 @@ class Reference:
         truncated: How many texts were cut to the contract's limit.
         vectors: float32 ``[texts, hidden_size]``, normalised as the contract says.
         sha256: Of the vectors' ``.npy`` bytes.
+        given: The file that the vectors were read from, or None where they were computed.
+        all_texts: How many texts there are, where these are only a part of them.
     """
 
     name: str
@@ -52,11 +57,25 @@ class Reference:
     truncated: int
     vectors: Vectors
     sha256: str
+    given: str | None = None
+    all_texts: int | None = None
 
     @property
     def texts_sha256(self) -> str:
         """Identity of the texts."""
         return data.sha256(self.rows)
+
+    def part(self, places: Sequence[int]) -> Reference:
+        """The same for some of the texts; the whole where that is all of them."""
+        if len(places) == len(self.rows):
+            return self
+        tokens = tuple(self.tokens[place] for place in places)
+        # A text that was cut is as long as the limit, and no other is longer.
+        truncated = sum(count == max(self.tokens) for count in tokens) if self.truncated else 0
+        vectors = self.vectors[list(places)]
+        rows = [self.rows[place] for place in places]
+        some = _reference(self.name, rows, tokens, truncated, vectors)
+        return replace(some, given=self.given, all_texts=len(self.rows))
 
 
 def plan(threads: int) -> Plan:
@@ -79,6 +98,7 @@ def compute(
     rows: Sequence[Row],
     threads: int,
     on_texts: Callable[[int], None] = lambda texts: None,
+    parts: Parts | None = None,
 ) -> Reference:
     """Runs the reference over texts; those over the limit are cut, EOS kept.
 
@@ -88,25 +108,37 @@ def compute(
         rows: The texts.
         threads: CPU threads.
         on_texts: Told how many texts have been finished.
+        parts: Keeps what is finished until the report is complete; None computes all at once.
 
     Raises:
         InputError: The bundle has no ``fp16``.
     """
     runner = Runner(bundle, plan(threads))
-    prompts = [runner.contract.prompt(row.input_type, row.task) for row in rows]
-    encoded = runner.tokenizer.encode([row.text for row in rows], prompts, truncate=True)
-    vectors = runner.embed(
-        encoded, normalize=runner.contract.normalize_embeddings, on_texts=on_texts
-    )
+    encoded = _encode(runner, rows)
     tokens = tuple(len(text.input_ids) for text in encoded)
     truncated = sum(text.cut_tokens > 0 for text in encoded)
+    normalize = runner.contract.normalize_embeddings
+    if parts is None:
+        vectors = runner.embed(encoded, normalize=normalize, on_texts=on_texts)
+    else:
+
+        def run(some: Sequence[Row]) -> tuple[Vectors, Record]:
+            texts = _encode(runner, some)
+            start = time.perf_counter()
+            found = runner.embed(texts, normalize=normalize)
+            seconds = time.perf_counter() - start
+            count = sum(len(text.input_ids) for text in texts)
+            return found, Record(len(texts), count, 0.0, [seconds])
+
+        identity = {**_identity(bundle, rows), "plan": "reference", "threads": threads}
+        vectors, _ = parts.embed(identity, rows, tokens, _WINDOW_TOKENS, run, on_texts)
     return _reference(name, rows, tokens, truncated, vectors)
 
 
 def built_in_texts(config: ModelConfig) -> str:
     """``probe``, or ``quick`` where this machine would need over ten minutes for ``probe``."""
     tokens = sum(len(row.text) for row in data.load("probe")) / 3
-    seconds = tokens * 2 * config.linear_weights / _products_per_second()
+    seconds = tokens * 2 * config.linear_weights / products_per_second()
     return "probe" if seconds < _LONGEST_SECONDS else "quick"
 
 
@@ -149,6 +181,7 @@ def of_own_texts(
     name: str,
     rows: Sequence[Row],
     threads: int,
+    parts: Parts,
     on_texts: Callable[[int], None] = lambda texts: None,
 ) -> Reference:
     """Reference vectors of the user's texts, from the user's cache if they are there.
@@ -156,23 +189,19 @@ def of_own_texts(
     Raises:
         InputError: They must be computed, and the bundle has no ``fp16``.
     """
-    identity = {
-        "artifact": bundle.manifest.artifact_sha256("fp16") if _has_fp16(bundle) else None,
-        "texts": data.sha256(rows),
-    }
-    if identity["artifact"] is None:
+    if not _has_fp16(bundle):
         raise InputError(
             f"reference vectors of other texts need the variant fp16, which {bundle.path} lacks: "
             "leave out --texts, or export fp16"
         )
-    key = hashlib.sha256(strict_json.canonical(identity)).hexdigest()[:32]
+    key = hashlib.sha256(strict_json.canonical(_identity(bundle, rows))).hexdigest()[:32]
     folder = cache.directory() / "references"
     vectors, tokens = folder / f"{key}.npy", f"reference-{key}.json"
     known = cache.read_json(tokens)
     if known is not None and vectors.exists() and file_sha256(vectors) == known.get("sha256"):
         stored = np.load(vectors, allow_pickle=False)
         return _reference(name, rows, tuple(known["tokens"]), known["truncated"], stored)
-    reference = compute(bundle, name, rows, threads, on_texts)
+    reference = compute(bundle, name, rows, threads, on_texts, parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with cache.replacing(vectors) as file:
@@ -233,11 +262,20 @@ def _reference(
     return Reference(name, tuple(rows), tokens, truncated, vectors, digest)
 
 
+def _encode(runner: Runner, rows: Sequence[Row]) -> list[EncodedText]:
+    prompts = [runner.contract.prompt(row.input_type, row.task) for row in rows]
+    return runner.tokenizer.encode([row.text for row in rows], prompts, truncate=True)
+
+
+def _identity(bundle: Bundle, rows: Sequence[Row]) -> dict[str, Any]:
+    return {"artifact": bundle.manifest.artifact_sha256("fp16"), "texts": data.sha256(rows)}
+
+
 def _has_fp16(bundle: Bundle) -> bool:
     return "fp16" in bundle.manifest.variants
 
 
-def _products_per_second() -> float:
+def products_per_second() -> float:
     """Floating-point operations per second of a float32 product on this machine."""
     left, right = np.ones((256, 1024), np.float32), np.ones((1024, 1024), np.float32)
     left @ right

@@ -7,9 +7,11 @@ are faithful enough.
 
 from __future__ import annotations
 
-import logging
+import functools
+import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +19,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem import cache
-from lowmem.artifact import strict_json, verdict
+from lowmem import hardware
+from lowmem.artifact import verdict
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor
 from lowmem.compute.plan import Plan
+from lowmem.data import Row
 from lowmem.errors import InputError
-from lowmem.fidelity import metrics
+from lowmem.fidelity import calibration, metrics, neighbours, outputs, retrieval, sts
+from lowmem.fidelity.inputs import Inputs, Progress
+from lowmem.fidelity.invariance import invariance
+from lowmem.fidelity.neighbours import Neighbours
+from lowmem.fidelity.parts import Parts
+from lowmem.fidelity.readiness import readiness
 from lowmem.fidelity.reference import Reference
+from lowmem.fidelity.worst import worst
+from lowmem.hardware import Hardware
 from lowmem.measure import Record, measure
 
-logger = logging.getLogger(__name__)
-
 FORMAT = 1
-_NEIGHBOURS = (1, 10)
+NEIGHBOURS = 10
 
 
 @dataclass(frozen=True)
@@ -41,40 +49,61 @@ class Compared:
         report: The object of ``report --json``.
         cosines: Of each text with its reference, float64 ``[texts]``.
         vectors: float32 ``[texts, hidden_size]``.
+        nearest: The ten nearest others of each text, by this plan.
     """
 
     report: dict[str, Any]
     cosines: NDArray[np.float64]
     vectors: NDArray[np.float32]
+    nearest: Neighbours
 
 
 def compare_plans(
     bundle: Bundle,
     plans: Sequence[Plan],
-    reference: Reference,
+    inputs: Inputs,
     floor: Floor,
-    on_plan: Callable[[Plan], None] = lambda plan: None,
+    machine: Hardware,
+    parts: Parts,
+    progress: Progress,
+    on_plan: Callable[[Plan, float], None] = lambda plan, seconds: None,
 ) -> list[Compared]:
-    """Runs plans over the reference's texts and compares their vectors with it.
+    """Runs plans over texts and compares their vectors with the reference.
 
     Args:
         bundle: The bundle.
         plans: One for each (variant, engine, device, compute); ``one_of_each`` picks them.
-        reference: Texts and the vectors to compare with.
+        inputs: What to embed, and the vectors to compare with.
         floor: What sets each report's verdict.
-        on_plan: Told each plan before it runs.
+        machine: Where this is.
+        parts: Keeps finished parts.
+        progress: Opens a progress bar for a plan and its number of texts.
+        on_plan: Told each plan that has been compared, and the seconds it took.
 
     Raises:
         LowmemError: A plan cannot be run.
     """
+    before = neighbours.find(inputs.texts.vectors, NEIGHBOURS)
+    shared: dict[str, dict[str, Any]] = {}
     compared = []
     for plan in plans:
-        on_plan(plan)
-        with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
-            file = Path(folder) / "vectors.npy"
-            record = measure(bundle.path, plan, reference.rows, vectors=file)
-            vectors: NDArray[np.float32] = np.load(file, allow_pickle=False)
-        compared.append(_compare(bundle, plan, record, vectors, reference, floor))
+        start = time.monotonic()
+        count = sum(len(one.rows) for one in inputs.references)
+        with progress(plan.report_id, count) as advance:
+            ran = [_embed(bundle, plan, one, machine, parts, advance) for one in inputs.references]
+        steered = calibration.steered_by(bundle.variant(plan.variant).recipe)
+        if steered not in shared:
+            shared[steered] = calibration.statement(bundle, steered, inputs.texts.rows)
+        texts, vectors = inputs.texts, ran[0][0]
+        moved = functools.partial(invariance, bundle.path, plan, texts.rows, texts.tokens, vectors)
+        identity = _identity(bundle, plan, texts, machine)
+        about = {
+            "invariance": parts.value(identity, "invariance", moved),
+            "machine": f"{machine.cpu_name}, {machine.cpu_threads} threads",
+            "calibration": shared[steered],
+        }
+        compared.append(_compare(bundle, plan, ran, inputs, before, floor, about))
+        on_plan(plan, time.monotonic() - start)
     return compared
 
 
@@ -94,65 +123,76 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
     return list(chosen.values())
 
 
-def store(bundle: Bundle, compared: Sequence[Compared], pages: Mapping[str, str]) -> None:
-    """Puts reports into the bundle; a read-only bundle is left as it is.
+def agreement(compared: Sequence[Compared]) -> list[dict[str, Any]]:
+    """How far each two plans agree: whether one may search what the other has indexed.
 
-    Args:
-        bundle: The bundle.
-        compared: Reports on its own reference texts: no others may lie there.
-        pages: Plan to its HTML page, as far as pages were made.
+    Returns:
+        For each pair ``a``, ``b``, ``mean`` and ``p5`` of the cosines of their vectors, and the
+        ``overlap`` of their ten nearest texts.
     """
-    folder = bundle.path / "reports"
-    try:
-        folder.mkdir(exist_ok=True)
-        for one in compared:
-            plan = one.report["plan"]
-            files = {f"{plan}.json": strict_json.dumps(one.report)}
-            if plan in pages:
-                files[f"{plan}.html"] = pages[plan]
-            for name, text in files.items():
-                with cache.replacing(folder / name) as file:
-                    file.write(text.encode())
-    except OSError as error:
-        logger.warning("reports are not stored: %s cannot be written (%s)", folder, error.strerror)
-
-
-def dump(directory: Path, compared: Sequence[Compared], reference: Reference) -> None:
-    """Writes the texts, the reference's vectors and each plan's, as ``report --dump`` does.
-
-    Raises:
-        InputError: The directory cannot be written.
-    """
-    lines = [
-        strict_json.canonical(
-            {"id": row.id, "text": row.text, "input_type": row.input_type, "task": row.task}
+    pairs = []
+    for a, b in itertools.combinations(compared, 2):
+        figures = metrics.summary(metrics.cosines(a.vectors, b.vectors))
+        pairs.append(
+            {
+                "a": a.report["plan"],
+                "b": b.report["plan"],
+                "mean": figures["mean"],
+                "p5": figures["p5"],
+                "overlap": neighbours.overlap(a.nearest, b.nearest, NEIGHBOURS),
+            }
         )
-        for row in reference.rows
-    ]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with cache.replacing(directory / "texts.jsonl") as file:
-            file.write(b"\n".join(lines) + b"\n")
-        arrays = {"reference": reference.vectors}
-        arrays |= {str(one.report["plan"]): one.vectors for one in compared}
-        for name, vectors in arrays.items():
-            with cache.replacing(directory / f"{name}.npy") as file:
-                np.save(file, vectors)
-    except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}") from error
+    return pairs
+
+
+def _embed(
+    bundle: Bundle,
+    plan: Plan,
+    reference: Reference,
+    machine: Hardware,
+    parts: Parts,
+    advance: Callable[[int], None],
+) -> tuple[NDArray[np.float32], Record]:
+    def run(rows: Sequence[Row]) -> tuple[NDArray[np.float32], Record]:
+        with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
+            file = Path(folder) / "vectors.npy"
+            record = measure(bundle.path, plan, rows, vectors=file)
+            return np.load(file, allow_pickle=False), record
+
+    identity = _identity(bundle, plan, reference, machine)
+    return parts.embed(identity, reference.rows, reference.tokens, plan.window_tokens, run, advance)
+
+
+def _identity(
+    bundle: Bundle, plan: Plan, reference: Reference, machine: Hardware
+) -> dict[str, Any]:
+    """What decides a plan's vectors and its speed, besides versions and code."""
+    return {
+        "artifact": bundle.manifest.artifact_sha256(plan.variant),
+        "plan": plan.id,
+        "threads": plan.threads,
+        "batch_tokens": plan.batch_tokens,
+        "window_tokens": plan.window_tokens,
+        "texts": reference.texts_sha256,
+        "machine": hardware.fingerprint(machine),
+    }
 
 
 def _compare(
     bundle: Bundle,
     plan: Plan,
-    record: Record,
-    vectors: NDArray[np.float32],
-    reference: Reference,
+    ran: Sequence[tuple[NDArray[np.float32], Record]],
+    inputs: Inputs,
+    before: Neighbours,
     floor: Floor,
+    about: Mapping[str, Any],
 ) -> Compared:
+    (vectors, record), *others = ran
+    reference, rest = inputs.texts, iter(others)
     cosines = metrics.cosines(reference.vectors, vectors)
     summary = metrics.summary(cosines)
     nonfinite = metrics.nonfinite(vectors)
+    now = neighbours.find(vectors, NEIGHBOURS)
     variant = bundle.variant(plan.variant)
     rows = reference.rows
     report = {
@@ -161,10 +201,12 @@ def _compare(
         "licence": bundle.manifest.licence,
         "artifact_sha256": bundle.manifest.artifact_sha256(plan.variant),
         "reference_sha256": reference.sha256,
+        "reference_given": reference.given,
         "texts": {
             "name": reference.name,
             "sha256": reference.texts_sha256,
             "count": len(rows),
+            "all": reference.all_texts or len(rows),
             "tokens": sum(reference.tokens),
             "truncated": reference.truncated,
         },
@@ -174,12 +216,15 @@ def _compare(
             tokens=reference.tokens,
             languages=[row.lang for row in rows],
             input_types=[row.input_type for row in rows],
+            kept=neighbours.kept_shares(before, now, NEIGHBOURS) if len(rows) > 1 else None,
         ),
-        "overlap": {str(k): metrics.overlap(reference.vectors, vectors, k) for k in _NEIGHBOURS},
+        "overlap": {str(k): neighbours.overlap(before, now, k) for k in (1, NEIGHBOURS)},
+        "search": _search(rows, reference.vectors, vectors),
         "spearman": metrics.spearman(reference.vectors, vectors),
-        "worst": metrics.worst(cosines, [row.id for row in rows]),
+        "worst": worst(cosines, rows, reference.tokens, before, now),
         "nonfinite": nonfinite,
         "norm_error": metrics.norm_error(vectors),
+        "outputs": outputs.costs(reference.vectors, before, vectors, NEIGHBOURS),
         "bytes": variant.stored_bytes,
         "bits_per_weight": dict(variant.bits_per_weight),
         "tokens_per_second": record.tokens_per_second,
@@ -187,9 +232,44 @@ def _compare(
         "peak_device_bytes": record.peak_device_bytes,
         "predicted": {"host_bytes": plan.host_bytes, "device_bytes": plan.device_bytes},
         "versions": record.versions,
-        "retrieval": None,
-        "sts": None,
+        **about,
+        "retrieval": _judged(retrieval.judge, inputs.collection, rest),
+        "sts": _judged(sts.judge, inputs.pairs, rest),
         "floor": floor.to_json(),
         "verdict": "pass" if verdict.passes(summary, nonfinite, floor) else "fail",
     }
-    return Compared(report, cosines, vectors)
+    report["readiness"] = readiness(report, floor)
+    return Compared(report, cosines, vectors, now)
+
+
+def _judged(
+    judge: Callable[[Any, NDArray[np.float32], NDArray[np.float32]], dict[str, Any]],
+    judged: tuple[Any, Reference] | None,
+    ran: Iterator[tuple[NDArray[np.float32], Record]],
+) -> dict[str, Any] | None:
+    if judged is None:
+        return None
+    subject, reference = judged
+    vectors, _ = next(ran)
+    return judge(subject, reference.vectors, vectors)
+
+
+def _search(
+    rows: Sequence[Row], reference: NDArray[np.float32], vectors: NDArray[np.float32]
+) -> dict[str, Any] | None:
+    """How many of the documents that each query finds first are still found first."""
+    is_query = np.array([row.input_type == "query" for row in rows])
+    if not is_query.any() or is_query.all():
+        return None
+    before, now = (
+        neighbours.search(side[is_query], side[~is_query], NEIGHBOURS)
+        for side in (reference, vectors)
+    )
+    return {
+        "queries": int(is_query.sum()),
+        "documents": int((~is_query).sum()),
+        "overlap": {
+            str(k): float(neighbours.shares_in_common(before[:, :k], now[:, :k]).mean())
+            for k in (1, NEIGHBOURS)
+        },
+    }

@@ -84,6 +84,17 @@ def time_plans(
     return timed
 
 
+def known_speeds(
+    plans: Sequence[Plan], bundle: Bundle, config: ModelConfig, machine: Hardware
+) -> dict[str, float]:
+    """Tokens per second of the plans that were timed before, by plan id; nothing is run."""
+    rows = workload(config)
+    timings = cache.read_json(f"timings-{hardware.fingerprint(machine)}") or {}
+    keys = {plan.id: _key(plan, bundle, rows, config.num_hidden_layers) for plan in plans}
+    speeds = {id_: timings.get(key) for id_, key in keys.items()}
+    return {id_: s for id_, s in speeds.items() if isinstance(s, float) and s > 0}
+
+
 def workload(config: ModelConfig) -> list[Row]:
     """Built-in texts of middle length, about as many as one pass of two seconds takes."""
     flops_per_token = 2 * config.linear_weights

@@ -28,7 +28,7 @@ from lowmem.data import Row
 from lowmem.errors import CapacityError, InputError, missing_extra
 
 _INPUT_TYPES = ("query", "document")
-_OWN_KEYS = ("id", "input_type", "task")
+_OWN_KEYS = ("id", "input_type", "task", "lang")
 _MOST_LISTED = 10
 _EMPTY = "is empty: every row needs a text"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,7 +49,8 @@ def read_rows(
     ``.txt`` has one text a line, ``.jsonl`` one object a line; only "\n" and "\r\n" end a line.
     ``.csv`` has a header, ``.parquet`` named columns. Where a row has ``id``, ``input_type`` or
     ``task``, neither null nor an empty cell, they hold for that row; a row without ``id`` has its
-    line number for one. Other keys and columns are ignored.
+    line number for one. ``lang`` names the group of languages that a report puts a row in. Other
+    keys and columns are ignored.
 
     Args:
         path: The file, in UTF-8, with or without a byte order mark.
@@ -81,6 +82,31 @@ def read_rows(
     if task is not None and rows and all(row.input_type == "document" for row in rows):
         raise InputError(f"a task is for queries, and {path} has none: say that they are queries")
     return rows
+
+
+def read_records(path: Path, column: str) -> list[tuple[int, Mapping[str, Any]]]:
+    """Reads the objects of a ``.jsonl`` file, or the rows of a ``.csv`` with a header, as they are.
+
+    Args:
+        path: The file, in UTF-8.
+        column: One that a ``.csv`` must have; the caller checks the others.
+
+    Returns:
+        Line number, from 1, and fields of each; an empty cell of a ``.csv`` is None.
+
+    Raises:
+        InputError: The file cannot be read, ends in neither suffix, or a line is damaged.
+    """
+    readers = {suffix: _READERS[suffix] for suffix in (".jsonl", ".csv")}
+    read = readers[_suffix(path, "a file of records", readers)]
+    problems = _Problems(path)
+    try:
+        records = list(read(path, column, problems))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+    if problems.count:
+        raise problems.error()
+    return records
 
 
 def check_output(path: Path, *, source: Path | None = None) -> None:
@@ -180,6 +206,9 @@ def _row(
     row_id = own.get("id", line)
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
         raise ValueError(f"must have a string or a whole number as id, got {_short(row_id)}")
+    lang = own.get("lang", "")
+    if not isinstance(lang, str):
+        raise ValueError(f"must have a string as lang, got {_short(lang)}")
     if own.get("input_type") == "document":
         task = None
     input_type, task = own.get("input_type", input_type), own.get("task", task)
@@ -187,7 +216,9 @@ def _row(
         raise ValueError(f"is refused: {problem}")
     if input_type == "document" and "task" in own and "input_type" not in own:
         raise ValueError("has a task and is a document, which has none: say that it is a query")
-    return InputRow(id=str(row_id), text=text, input_type=input_type, task=task, line=line)
+    return InputRow(
+        id=str(row_id), text=text, input_type=input_type, task=task, lang=lang, line=line
+    )
 
 
 def _instruction_problem(input_type: object, task: object) -> str | None:

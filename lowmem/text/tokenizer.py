@@ -121,6 +121,11 @@ class Tokenizer:
             )
         return encoded
 
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of bare texts, without prompt, special tokens or limit."""
+        encodings = self._pieces.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
     def _encode_pieces(
         self, texts: Sequence[str], prompts: Sequence[str], names: Sequence[str]
     ) -> list[list[int]]:
@@ -128,8 +133,7 @@ class Tokenizer:
         bad = [name for name, text in zip(names, whole, strict=True) if not _is_unicode(text)]
         if bad:
             raise InputError(f"a text must be valid Unicode: {_named(bad)}")
-        encodings = self._pieces.encode_batch_fast(whole, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return self.pieces(whole)
 
     def _with_special_tokens(self, pieces: Sequence[int]) -> Ids:
         bos, eos = self._contract.bos_token_id, self._contract.eos_token_id

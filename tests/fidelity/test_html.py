@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from lowmem.artifact.verdict import FLOORS, Floor
 from lowmem.errors import BackendError, InputError
 from lowmem.fidelity import metrics
-from lowmem.fidelity.html import (
-    ReportContext,
+from lowmem.fidelity.figure_text import (
     cosine_text,
-    headline,
-    render,
+    signed_text,
     size_text,
     speed_text,
+    tiny_text,
 )
+from lowmem.fidelity.html import ReportContext, headline, render
+from lowmem.fidelity.pictures import unbeaten
 
 STANDARD = FLOORS["standard"]
 CONTEXT = ReportContext(
@@ -47,6 +48,45 @@ def cosines_of(distance: float) -> list[float]:
     return [float(value) for value in 1 - distance * spread]
 
 
+def worst_text(place: int, cosines: Any) -> dict[str, Any]:
+    return {
+        "id": f"text-{place}",
+        "cosine": float(cosines[place]),
+        "tokens": TOKENS[place],
+        "input_type": "document",
+        "text": f"It was text {place}, and it went on for a while about nothing in particular.",
+        "kept": 6,
+        "of": 10,
+        "nearest_before": {"id": "text-1", "text": "What stood nearest before"},
+        "nearest_now": {"id": f"text-{place % 2}", "text": "What stands nearest now"},
+    }
+
+
+def judged(reference: float, difference: float, spread: float = 0.01) -> dict[str, Any]:
+    return {
+        "reference": reference,
+        "plan": reference + difference,
+        "difference": difference,
+        "interval": [difference - spread, difference + spread],
+    }
+
+
+RETRIEVAL = {
+    "name": "cranfield",
+    "documents": 200,
+    "all_documents": 1398,
+    "blank_documents": 2,
+    "queries": 25,
+    "figures": {
+        "ndcg@10": judged(0.42, -0.05),
+        "recall@10": judged(0.5, 0.0),
+        "recall@100": judged(0.7, 0.0),
+        "mrr@10": judged(0.4, -0.02),
+    },
+}
+STS = {"name": "pairs.jsonl", "pairs": 100, "spearman": judged(0.8, -0.004)}
+
+
 def report(plan: str, distance: float, *, speed: float | None = 100.0, **changes: Any) -> Any:
     cosines = np.array(cosines_of(distance))
     return {
@@ -63,8 +103,15 @@ def report(plan: str, distance: float, *, speed: float | None = 100.0, **changes
             input_types=["document"] * TEXTS,
         ),
         "overlap": {"1": 0.9, "10": 0.85},
+        "search": {"queries": 20, "documents": 180, "overlap": {"1": 0.95, "10": 0.91}},
         "spearman": 0.97,
-        "worst": metrics.worst(cosines, [f"text-{index}" for index in range(TEXTS)]),
+        "invariance": {"texts": 6, "alone": 2e-13, "shuffled": 0.0, "neighbours": 1e-13},
+        "outputs": [
+            {"name": name, "vector_bytes": size, "overlap": {"1": 0.9, "10": share}}
+            for name, size, share in (("float32", 16384, 0.85), ("binary", 512, 0.61))
+        ],
+        "calibration": {"texts": "none", "shared": None},
+        "worst": [worst_text(int(place), cosines) for place in np.argsort(cosines)[:10]],
         "nonfinite": 0,
         "norm_error": 1e-7,
         "bytes": 4 * 2**30,
@@ -150,7 +197,7 @@ def test_the_page_fetches_nothing_and_runs_nothing() -> None:
 def test_every_tag_is_closed_and_every_id_stands_once() -> None:
     page = page_of(FOUR, drawn=True)
     assert page.startswith("<!doctype html>\n")
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     found = outline(page)
     ids = [value for name, value in found.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -228,7 +275,7 @@ def test_the_verdict_comes_first_and_says_what_to_use_and_what_not() -> None:
         r"Fastest that passes int8-torch-cpu-int8 : 300 tokens/s, 4\.00 GiB, mean cosine 0\.995\d; "
         r"weakest group: .* mean 0\.99\d\d \(\d+ texts\) "
         r"Not faithful enough int4 \(2 plans\): mean 0\.9\d\d\d < 0\.985, "
-        r"5th percentile 0\.\d{4} < 0\.965, worst text 0\.\d{4} < 0\.9 Plans ",
+        r"5th percentile 0\.\d{4} < 0\.965, worst text 0\.\d{4} < 0\.9 Ready for what",
         text,
     ), text[:900]
 
@@ -252,7 +299,9 @@ def test_a_plan_that_fails_alone_is_named_with_only_the_figures_that_fail() -> N
     cosine = {"mean": 0.99, "median": 0.99, "p5": 0.86, "p1": 0.86, "min": 0.9}
     failing = report("int4-torch-cpu-fp32", FAIR, cosine=cosine)
     text = words(page_of([*FOUR[:2], failing]))
-    assert "Not faithful enough int4-torch-cpu-fp32 : 5th percentile 0.8600 < 0.965 Plans" in text
+    assert (
+        "Not faithful enough int4-torch-cpu-fp32 : 5th percentile 0.8600 < 0.965 Ready for" in text
+    )
     both = words(page_of([failing, report("int4-torch-cpu-int8", GOOD), *FOUR[2:]]))
     assert "int4 (3 of 4 plans): mean 0.9" in both
     assert re.search(r"5th percentile 0\.8600 to 0\.\d{4} < 0\.965", both)
@@ -293,7 +342,7 @@ def test_the_table_has_passing_plans_first_and_the_fastest_of_each_first() -> No
     assert rows[1][4:7] == ["4.25", "4.00 GiB", "300"]
     assert rows[1][-3:] == ["0.850", "0.970", "pass"]
     assert [row[-1] for row in rows if len(row) > 2] == ["pass", "pass", "fail", "fail"]
-    assert page.count('class="number low"') == 6
+    assert page[: page.index("</table>")].count('class="number low"') == 6
 
 
 def test_names_with_dashes_are_taken_apart_at_the_engine() -> None:
@@ -354,7 +403,7 @@ def test_the_page_says_what_was_not_tested() -> None:
     assert "no retrieval benchmark was run" in text
     assert "No benchmark with human judgements was run." in text
     assert "Speed was measured on AMD EPYC 9R14, 8 threads." in text
-    measured = [{**one, "retrieval": {"ndcg": 0.7}, "sts": {"spearman": 0.8}} for one in FOUR]
+    measured = [{**one, "retrieval": RETRIEVAL, "sts": STS} for one in FOUR]
     text = words(page_of(measured, replace(CONTEXT, texts="mine.txt")))
     assert "200 texts of mine.txt , 139,900 tokens" in text
     assert "no retrieval benchmark" not in text
@@ -375,20 +424,128 @@ def test_the_page_says_what_it_is_bound_to() -> None:
         assert said in text
 
 
-def test_each_failing_plan_lists_its_worst_texts() -> None:
+def test_each_plan_lists_its_worst_texts_and_what_became_of_their_neighbours() -> None:
     page = page_of(FOUR)
     details = re.findall(r"<details>.*?</details>", page, re.DOTALL)
-    assert len(details) == 2
-    for one in details:
-        assert "<summary>int4-" in one
-        assert one.count("<li>") == 10
-        assert f"<code>{FOUR[2]['worst'][0]['id']}</code>" in one
+    assert [one.count("<li>") for one in details] == [10, 10, 5, 5]
+    assert "<summary>int4-" in details[0]
+    assert f"<code>{FOUR[2]['worst'][0]['id']}</code>" in details[0]
+    text = words(details[0].join(("<body>", "")))
+    assert "Keeps 6 of its 10 nearest." in text
+    assert (
+        "Its nearest was “ What stood nearest before ”, and is “ What stands nearest now ”." in text
+    )
+    assert "Its nearest stays: “ What stands nearest now ”." in text
+
+
+def test_each_verdict_stands_once_with_its_reasons_and_plans() -> None:
+    text = words(page_of(FOUR))
+    assert re.search(
+        r"Ready for what\? Ready int8-torch-cpu-int8, fp16-torch-cpu-bf16 Not ready "
+        r"int4-onnxruntime-cpu-int8 mean cosine 0\.9\d+, the floor asks 0\.985; "
+        r"5th percentile 0\.\d+, the floor asks 0\.965 int4-torch-cpu-fp32 mean cosine ",
+        text,
+    ), text
+
+
+def test_a_verdict_for_some_uses_names_them() -> None:
+    page = page_of([{**FOUR[0], "retrieval": RETRIEVAL}])
+    text = words(page)
+    assert (
+        "Ready, but not for search int8-torch-cpu-int8 nDCG@10 on cranfield falls from 0.420 to "
+        "0.370" in text
+    )
+    assert '<li class="fair">' in page
+
+
+def test_groups_have_a_table_for_each_way_to_group() -> None:
+    text = words(page_of(FOUR))
+    assert "By length, in tokens Plan 1-16 2 texts 17-64 7 texts" in text
+    assert "By language Plan de 100 texts en 100 texts" in text
+    assert "Queries and documents" not in text
+    assert (
+        "Groups of fewer than ten texts have no verdict of their own: 1-16 (2), 17-64 (7)" in text
+    )
+
+
+def test_company_and_outputs_are_shown_as_they_were_measured() -> None:
+    text = words(page_of(FOUR[:1]))
+    assert "int8-torch-cpu-int8 0.900 0.850 0.950 0.910 0.970 2e-13 0 1e-13" in text
+    assert "Plan float32 16,384 B binary 512 B int8-torch-cpu-int8 0.850 0.610" in text
+
+
+def test_search_and_similarity_have_their_intervals() -> None:
+    text = words(page_of([{**FOUR[0], "retrieval": RETRIEVAL, "sts": STS}]))
+    assert (
+        "25 queries, 200 documents, a part of 1,398, which is easier to search; 2 without text are "
+        "left out." in text
+    )
+    assert "16-bit model 0.420 0.500 0.700 0.400" in text
+    assert (
+        "int8-torch-cpu-int8 0.370 -0.050 -0.0600 to -0.0400 0.500 0.000 0.700 0.000 0.380 -0.020"
+    ) in text
+    assert "Spearman 95 % interval 16-bit model 0.800 int8-torch-cpu-int8 0.796 -0.004" in text
+
+
+def test_plans_are_shown_with_one_another_where_they_were_compared() -> None:
+    pair = {"a": FOUR[0]["plan"], "b": FOUR[1]["plan"], "mean": 0.9912, "p5": 0.9, "overlap": 0.8}
+    page = render(FOUR[:2], {}, TOKENS, CONTEXT, agreement=[pair])
+    assert "1 int8-torch-cpu-int8 · 0.9912 2 fp16-torch-cpu-bf16 0.9912 ·" in words(page)
+    assert "Plans with one another" not in page_of(FOUR)
+
+
+def test_drift_is_shown_where_an_earlier_report_was_given() -> None:
+    row = {
+        "plan": FOUR[0]["plan"],
+        "difference": {"mean": -0.01, "p5": 0.0, "min": 0.002},
+        "overlap": None,
+        "changed": ["torch 2.12 to 2.13"],
+        "worsened": ["mean", "language de"],
+    }
+    found = {"against": "old.json", "rows": [row], "only_old": ["gone"], "only_new": []}
+    text = words(render(FOUR[:1], {}, TOKENS, CONTEXT, drift=found))
+    assert "-0.0100 0.0000 +0.0020 – mean, language de torch 2.12 to 2.13" in text
+    assert "No longer there: gone." in text
+    assert "What changed" not in page_of(FOUR)
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        (
+            {"texts": "calibration", "shared": {"texts": 3, "count": 200}},
+            "int8 was calibrated with the built-in calibration texts; 3 of 200 texts of this "
+            "report share 13 tokens in a row with them, so its figures may flatter it.",
+        ),
+        (
+            {"texts": "f" * 64, "shared": None},
+            "whether the texts of this report are among them cannot be said",
+        ),
+    ],
+)
+def test_the_page_says_what_the_texts_share_with_calibration(about: Any, said: str) -> None:
+    assert said in words(page_of([{**FOUR[0], "calibration": about}]))
+    assert "was calibrated" not in page_of(FOUR)
+
+
+def test_a_reference_from_elsewhere_is_named() -> None:
+    text = words(page_of([{**FOUR[0], "reference_given": "theirs.npy"}]))
+    assert "Its vectors were read from theirs.npy ; shape, length and a few texts" in text
+
+
+def test_older_reports_without_newer_figures_have_a_page() -> None:
+    newer = ("search", "invariance", "outputs", "calibration")
+    older = [{key: value for key, value in one.items() if key not in newer} for one in FOUR]
+    text = words(page_of(older))
+    assert "2 of 4 plans keep the embeddings." in text
+    assert "Smaller output vectors" not in text
 
 
 def test_plans_without_cosines_of_each_text_are_not_drawn() -> None:
-    assert "<svg" not in page_of(FOUR)
+    assert "<svg" not in page_of(FOUR[:1])
+    assert page_of(FOUR).count("<svg") == 1  # sizes are drawn from the reports
     page = render(FOUR, {"int8-torch-cpu-int8": cosines_of(FAIR)}, TOKENS, CONTEXT)
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert ">fp16-torch-cpu-bf16</text>" not in page
     assert ">int8-torch-cpu-int8</text>" in page
 
@@ -436,6 +593,18 @@ def test_sizes_and_speeds_have_three_digits_and_a_unit() -> None:
     assert [speed_text(n) for n in (None, 0.5, 12.34, 99.96, 123.4, 12345.6)] == [
         *("–", "0.500", "12.3", "100.0", "123", "12,346")
     ]
+
+
+def test_changes_have_a_sign_and_what_is_no_change_has_none() -> None:
+    assert [signed_text(value, 3) for value in (None, 0.0123, -0.0123, -0.0001, 0.0)] == [
+        *("–", "+0.012", "-0.012", "0.000", "0.000")
+    ]
+    assert [tiny_text(value) for value in (None, 0.0, 2.34e-12)] == ["–", "0", "2e-12"]
+
+
+def test_the_line_of_the_picture_of_sizes_joins_what_no_smaller_plan_beats() -> None:
+    bits, values = [4.0, 8.0, 8.0, 16.0, 4.5], [0.9, 0.95, 0.99, 0.98, 0.8]
+    assert unbeaten(bits, values) == [(4.0, 0.9), (8.0, 0.99)]
 
 
 def test_a_page_needs_a_plan() -> None:

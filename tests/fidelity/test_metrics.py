@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from lowmem.errors import InputError
-from lowmem.fidelity import metrics
-from lowmem.fidelity.metrics import Floats, Vectors
+from lowmem.fidelity import directions, metrics, neighbours
+from lowmem.fidelity.directions import Floats, Vectors
 
 # Float64 products of up to 64 float32 numbers: 64 roundings of 1.1e-16 each, and some room.
 EXACT = 1e-13
@@ -66,6 +65,11 @@ def slow_overlap(reference: Vectors, vectors: Vectors, k: int) -> float:
         if all(np.isfinite(side[i]).all() and side[i].any() for side in (reference, vectors)):
             common += len(slow_nearest(reference, i, k) & slow_nearest(vectors, i, k))
     return common / (k * len(reference))
+
+
+def overlap(reference: Vectors, vectors: Vectors, k: int) -> float | None:
+    before, now = neighbours.find(reference, k), neighbours.find(vectors, k)
+    return neighbours.overlap(before, now, k)
 
 
 def slow_ranks(values: list[float]) -> list[float]:
@@ -137,48 +141,48 @@ def test_a_row_that_is_not_finite_is_counted_and_has_the_cosine_of_the_opposite(
 def test_overlap_of_a_worked_example() -> None:
     reference = rows([1, 0], [10, 1], [0, 1], [1, 10])  # 0 and 1 are near, and so are 2 and 3
     vectors = rows([1, 0], [1, 10], [0, 1], [10, 1])  # 1 and 3 have changed places
-    assert metrics.overlap(reference, reference, 1) == 1.0
-    assert metrics.overlap(reference, vectors, 1) == 0.0
+    assert overlap(reference, reference, 1) == 1.0
+    assert overlap(reference, vectors, 1) == 0.0
     # 0 and 2 keep both 1 and 3; 1 keeps 3 of 0 and 3, and 3 keeps 1 of 2 and 1
-    assert metrics.overlap(reference, vectors, 2) == 6 / 8
-    assert metrics.overlap(reference, vectors, 3) == 1.0
+    assert overlap(reference, vectors, 2) == 6 / 8
+    assert overlap(reference, vectors, 3) == 1.0
 
 
 def test_of_equally_near_texts_the_first_is_the_neighbour() -> None:
     reference = rows([1, 0], [1, 1], [1, 1], [1, -1])  # 1, 2 and 3 are equally near to 0
     vectors = rows([1, 0], [-1, 0], [1, 1], [1, 1])  # now 2 and 3 are
     # the nearest of 0 to 3 are 1, 2, 1, 0 and then 2, 2, 3, 2
-    assert metrics.overlap(reference, vectors, 1) == 1 / 4
+    assert overlap(reference, vectors, 1) == 1 / 4
 
 
 def test_equal_texts_are_ties_wherever_they_stand() -> None:
     reference = random_pair(700, 40)[0]
     reference[350:] = reference[:350]
-    assert metrics.overlap(reference, 3 * reference, 5) == 1.0
+    assert overlap(reference, 3 * reference, 5) == 1.0
 
 
 @given(pairs_of_vectors(least=2), st.integers(1, 12))
 def test_overlap_is_that_of_the_slow_way(pair: tuple[Vectors, Vectors], k: int) -> None:
-    assert metrics.overlap(*pair, k) == pytest.approx(slow_overlap(*pair, k), abs=EXACT)
+    assert overlap(*pair, k) == pytest.approx(slow_overlap(*pair, k), abs=EXACT)
 
 
 @given(pairs_of_vectors(least=2, elements=st.sampled_from([math.nan, math.inf, 0.0, 1.0, -2.0])))
 def test_rows_without_direction_share_no_neighbour(pair: tuple[Vectors, Vectors]) -> None:
     for k in (1, 3):
-        assert metrics.overlap(*pair, k) == pytest.approx(slow_overlap(*pair, k), abs=EXACT)
+        assert overlap(*pair, k) == pytest.approx(slow_overlap(*pair, k), abs=EXACT)
 
 
 def test_figures_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, vectors = random_pair(100, 6)
-    whole = metrics.overlap(reference, vectors, 7), metrics.spearman(reference, vectors)
-    monkeypatch.setattr(metrics, "_BLOCK_ROWS", 7)
-    parts = metrics.overlap(reference, vectors, 7), metrics.spearman(reference, vectors)
+    whole = overlap(reference, vectors, 7), metrics.spearman(reference, vectors)
+    monkeypatch.setattr(directions, "_BLOCK_ROWS", 7)
+    parts = overlap(reference, vectors, 7), metrics.spearman(reference, vectors)
     assert whole == pytest.approx(parts, abs=EXACT)
     assert whole[0] == pytest.approx(slow_overlap(reference, vectors, 7), abs=EXACT)
 
 
 def test_a_single_text_has_no_overlap_and_no_rank() -> None:
-    assert metrics.overlap(rows([1, 2]), rows([1, 2]), 10) is None
+    assert overlap(rows([1, 2]), rows([1, 2]), 10) is None
     assert metrics.spearman(rows([1, 2]), rows([1, 2])) is None
 
 
@@ -224,8 +228,7 @@ def test_no_figure_is_nan(pair: tuple[Vectors, Vectors]) -> None:
         metrics.buckets(
             cosine, tokens=[5] * count, languages=["en"] * count, input_types=["query"] * count
         ),
-        metrics.worst(cosine, ["id"] * count),
-        metrics.overlap(reference, vectors, 10),
+        overlap(reference, vectors, 10),
         metrics.spearman(reference, vectors),
         metrics.norm_error(vectors),
         metrics.nonfinite(vectors),
@@ -271,6 +274,18 @@ def test_buckets_stand_in_a_fixed_order_and_none_is_empty() -> None:
     )
 
 
+def test_a_bucket_says_how_many_neighbours_its_texts_keep() -> None:
+    got = metrics.buckets(
+        np.ones(3),
+        tokens=[5, 5, 5],
+        languages=["de", "de", "fr"],
+        input_types=["document"] * 3,
+        kept=np.array([1.0, 0.5, 0.0]),
+    )
+    overlaps = {one["name"]: one["overlap"] for one in got}
+    assert overlaps == {"1-16": 0.5, "de": 0.75, "fr": 0.0, "document": 0.5}
+
+
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=30))
 def test_every_text_is_in_the_length_bucket_that_its_name_states(tokens: list[int]) -> None:
     count = len(tokens)
@@ -282,38 +297,3 @@ def test_every_text_is_in_the_length_bucket_that_its_name_states(tokens: list[in
         inside = [n for n in tokens if int(low) <= n and (not high or n <= int(high))]
         assert one["count"] == len(inside)
     assert sum(one["count"] for one in got) == count
-
-
-def test_the_worst_texts_come_first_and_equal_ones_in_their_order() -> None:
-    cosine = np.array([0.9, 0.5, 0.7, 0.5])
-    assert metrics.worst(cosine, ["a", "b", "c", "d"], n=3) == [
-        {"id": "b", "cosine": 0.5},
-        {"id": "d", "cosine": 0.5},
-        {"id": "c", "cosine": 0.7},
-    ]
-    assert len(metrics.worst(np.zeros(30), [str(n) for n in range(30)])) == 10
-
-
-def test_the_norm_error_is_the_greatest_distance_from_one() -> None:
-    assert metrics.norm_error(rows([3, 4], [0, 1], [0.5, 0])) == 4.0
-    assert metrics.norm_error(rows([0.5, 0], [1, 0])) == 0.5
-    assert metrics.norm_error(rows([math.nan, 1], [0, 1.25])) == 0.25
-    assert metrics.norm_error(rows([math.inf, 1])) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("reference", "vectors"),
-    [((3, 4), (2, 4)), ((1, 4), (3, 4)), ((3, 4), (3, 5)), ((0, 4), (0, 4)), ((4,), (4,))],
-)
-def test_arrays_that_do_not_belong_together_are_refused(
-    reference: tuple[int, ...], vectors: tuple[int, ...]
-) -> None:
-    a, b = np.ones(reference, np.float32), np.ones(vectors, np.float32)
-    for figure in (metrics.cosines, metrics.spearman, lambda r, v: metrics.overlap(r, v, 1)):
-        with pytest.raises(InputError, match=r"one shape \[texts, dimensions\]"):
-            figure(a, b)
-
-
-def test_k_must_be_at_least_one() -> None:
-    with pytest.raises(InputError, match="k must be at least 1, got 0"):
-        metrics.overlap(rows([1, 2], [3, 4]), rows([1, 2], [3, 4]), 0)

@@ -12,7 +12,7 @@ import pytest
 from lowmem import InputError, schemas
 from lowmem.artifact.models import known_models
 from lowmem.cli.export import _contract
-from lowmem.fidelity import metrics
+from lowmem.fidelity import neighbours
 from tests.models import CONTRACT, TEXTS, tiny_checkpoint
 from tests.tolerances import INVARIANCE_DISTANCE
 
@@ -170,7 +170,78 @@ def test_report_figures_follow_from_the_dumped_vectors(reported):
             "min": cosines.min(),
         }
         assert one["cosine"] == pytest.approx(figures, abs=1e-6)
-        assert one["overlap"]["10"] == pytest.approx(metrics.overlap(reference, vectors, 10))
+        before, now = neighbours.find(reference, 10), neighbours.find(vectors, 10)
+        assert one["overlap"]["10"] == pytest.approx(neighbours.overlap(before, now, 10))
+
+
+def test_a_report_is_wholly_described_by_its_schema(reported):
+    _, folder, _ = reported
+    report = json.loads((folder / "report.json").read_text())
+    schema = schemas.load("report")
+    assert set(report) == set(schema["properties"])
+    described = schema["$defs"]["report"]["properties"]
+    for one in report["reports"]:
+        assert set(one) == set(described)
+        assert one["readiness"]["caution"] == "a smoke test on 64 texts, not a sign-off"
+        assert one["invariance"]["texts"] == 6
+        assert one["calibration"] == {"texts": "none", "shared": None}
+        assert one["search"]["queries"] + one["search"]["documents"] == 64
+    pairs = {(one["a"], one["b"]) for one in report["agreement"]}
+    assert len(pairs) == len(report["reports"]) * (len(report["reports"]) - 1) / 2
+
+
+def test_what_report_prints_fits_80_columns(reported):
+    _, _, done = reported
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "note: a smoke test on 64 texts, not a sign-off" in done.stdout
+
+
+def test_a_report_on_own_texts_with_search_pairs_a_limit_and_drift(bundle, tmp_path):
+    """The whole of ``report``: a part of the texts, judged sets, another reference, and drift."""
+    rows = [{"text": f"the fox and the day {n}", "lang": "en"} for n in range(30)]
+    rows += [{"text": f"what is the quest {n}?", "input_type": "query"} for n in range(10)]
+    texts, collection, pairs = (tmp_path / name for name in ("t.jsonl", "set", "pairs.jsonl"))
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collection.mkdir()
+    documents = "".join(f'{{"_id": "d{n}", "text": "the day {n}"}}\n' for n in range(30))
+    (collection / "corpus.jsonl").write_text(documents)
+    (collection / "queries.jsonl").write_text('{"_id": "q", "text": "what day is it?"}\n')
+    (collection / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\td3\t1\n")
+    scored = (f'{{"a": "the fox {n}", "b": "the day", "score": {n}}}\n' for n in range(9))
+    pairs.write_text("".join(scored))
+    options = ("--texts", texts, "--limit", 12, "--variant", "int8", *FP32, "--floor", "loose")
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    judged = ("--retrieval", collection, "--task", "same", "--sts", pairs, "--sts-task", "same")
+    done = lowmem("report", bundle, *options, *judged, "--json", first, "--dump", tmp_path / "d")
+    [report] = json.loads(first.read_text())["reports"]
+    assert (report["texts"]["count"], report["texts"]["all"]) == (12, 40)
+    assert (report["retrieval"]["documents"], report["retrieval"]["all_documents"]) == (12, 30)
+    assert report["sts"]["pairs"] == 9
+    assert {one["name"] for one in report["buckets"] if one["kind"] == "language"} == {"en"}
+    assert "12 of 40 texts (t.jsonl)" in done.stdout
+    assert "search (set): 1 queries, 12 documents" in done.stdout
+    assert "similarity (pairs.jsonl): 9 pairs" in done.stdout
+    assert "1 plan, " in done.stderr
+    assert not (bundle / "reports" / "int8-torch-cpu-fp32.json").exists()
+
+    again = lowmem("report", bundle, *options, "--json", second, "--compare", first)
+    drift = json.loads(second.read_text())["drift"]
+    assert drift["rows"][0]["worsened"] == []
+    jsonschema.validate(json.loads(second.read_text()), schemas.load("report"))
+    assert "drift against first.json: new less old" in again.stdout
+
+    theirs = tmp_path / "theirs.npy"
+    options = ("--texts", tmp_path / "d" / "texts.jsonl", *options[4:])
+    np.save(theirs, np.load(tmp_path / "d" / "reference.npy").astype(np.float16))
+    lowmem("report", bundle, *options, "--reference", theirs, "--json", second)
+    [given] = json.loads(second.read_text())["reports"]
+    assert given["reference_given"] == "theirs.npy"
+    assert given["cosine"]["mean"] == pytest.approx(report["cosine"]["mean"], abs=1e-4)
+    np.save(theirs, np.load(theirs)[::-1])
+    refused = lowmem("report", bundle, *options, "--reference", theirs, status=1)
+    assert "so they are in another order" in refused.stderr
+    refused = lowmem("report", bundle, *FP32, "--compare", first, status=1)
+    assert "first.json is about other texts (t.jsonl, 12 texts)" in refused.stderr
 
 
 def test_embed_gives_the_dumped_vectors(reported, tmp_path):
@@ -270,6 +341,10 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
         (("plan", "BUNDLE", "--floor", "high"), "strict, standard, loose"),
         (("plan", "BUNDLE", "--engine", "jax"), "engine must be auto or one of"),
         (("report", "BUNDLE", "--json", "no/where.json"), "its directory does not exist"),
+        (("report", "BUNDLE", "--task", "same"), "--task is the instruction of --retrieval, which"),
+        (("report", "BUNDLE", "--sts-task", "same"), "--sts-task is the instruction of --sts, wh"),
+        (("report", "BUNDLE", "--texts", "nothing.txt"), "nothing.txt holds no text"),
+        (("report", "BUNDLE", "--reference", "v.csv"), "v.csv cannot be read as .npy"),
         (
             ("export", "BUNDLE/fp16", "new"),
             "its files fit no known model: give --contract NAME (of",
@@ -286,6 +361,7 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
 def test_bad_input_gets_one_line_and_status_1(bundle, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.txt").write_text("one\n")
+    (tmp_path / "nothing.txt").write_text("")
     (tmp_path / "empty.txt").write_text("one\n\nthree\n")
     (tmp_path / "long.txt").write_text("one\n" + "word " * 500 + "\n")
     words = [word.replace("BUNDLE", str(bundle)) for word in arguments]

@@ -19,6 +19,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.compute.engine import Runner, unit_length
 from lowmem.compute.plan import Plan
 from lowmem.fidelity import metrics
+from lowmem.fidelity.directions import Vectors
 from lowmem.measure import measure
 from tests.tolerances import INVARIANCE_DISTANCE, ONNX_SMOLLM2_COSINE, PARITY_COSINE
 
@@ -57,7 +58,7 @@ def bundle(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def theirs(bundle: Bundle, rows: list[data.Row]) -> metrics.Vectors:
+def theirs(bundle: Bundle, rows: list[data.Row]) -> Vectors:
     """What transformers makes of the exported directory, text by text."""
     runner = Runner(bundle, Plan("fp16", "torch", "cpu", "fp32", "resident"))
     prompts = [bundle.contract.prompt(row.input_type, row.task) for row in rows]
@@ -79,7 +80,7 @@ def rows(request: pytest.FixtureRequest) -> list[data.Row]:
 def test_every_text_has_the_vector_of_transformers(
     bundle: Bundle,
     rows: list[data.Row],
-    theirs: metrics.Vectors,
+    theirs: Vectors,
     tmp_path: Path,
     engine: str,
     tolerance: float,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lowmem.data import Row
 from lowmem.errors import BackendError, CapacityError, InputError
-from lowmem.text.files import InputRow, check_output, read_rows, write_vectors
+from lowmem.text.files import InputRow, check_output, read_records, read_rows, write_vectors
 
 ROWS = [Row("a", "x"), Row('b"\u2028', "y"), Row("3", "z")]
 VECTORS = np.array([[0.1, -1e-8], [1.0, 3.4e38], [1 / 3, 0.0]], np.float32)
@@ -179,10 +179,35 @@ def test_own_keys_of_a_row_override_the_options(written: Written) -> None:
     path = written("x.jsonl", "\n".join(map(json.dumps, lines)))
     assert read_rows(path, input_type="query", task="Given") == [
         InputRow("1", "a", "query", "Given", line=1),
-        InputRow("B", "b", "document", None, line=2),
+        InputRow("B", "b", "document", None, lang="de", line=2),
         InputRow("7", "c", "query", "Own", line=3),
         InputRow("4", "d", "query", "Given", line=4),
     ]
+
+
+def test_a_language_must_be_a_name(written: Written) -> None:
+    path = written("x.jsonl", '{"text": "a", "lang": 5}')
+    assert problem(path) == "line 1 of x.jsonl must have a string as lang, got 5"
+
+
+def test_records_are_read_as_they_are(written: Written) -> None:
+    path = written("x.jsonl", '{"a": 1}\n{"b": null}\n')
+    assert read_records(path, "a") == [(1, {"a": 1}), (2, {"b": None})]
+    path = written("x.csv", "a,b\n1,\n")
+    assert read_records(path, "a") == [(2, {"a": "1", "b": None})]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("x.txt", "a", "a file of records must end in .jsonl or .csv, got"),
+        ("x.jsonl", "{", "line 1 of .* is not JSON"),
+        ("x.csv", "b\n1\n", "must have 'a', got 'b'"),
+    ],
+)
+def test_damaged_records_are_refused(written: Written, name: str, data: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_records(written(name, data), "a")
 
 
 def test_the_text_is_in_the_named_column(written: Written) -> None:

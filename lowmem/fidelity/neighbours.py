@@ -1,0 +1,128 @@
+"""Which texts are nearest to which, and how many of them stay when vectors change.
+
+Nearest is by cosine; of equally near texts (cosines that agree to 12 decimals) the first in order
+counts as nearer, in reference and vectors alike.
+
+Letters in shapes: n texts, q queries, d dimensions, k neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowmem.errors import InputError
+from lowmem.fidelity.directions import Floats, Vectors, blocks, cosine_rows, has_direction
+
+Indices = NDArray[np.int64]
+_BEYOND = 3.0  # further than the opposite direction
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest other texts of each text.
+
+    Attributes:
+        nearest: int64 [n, k], the nearest first; k is n - 1 where there are no more.
+        has_direction: bool [n]; a text without one comes last for all others.
+    """
+
+    nearest: Indices
+    has_direction: NDArray[np.bool_]
+
+
+def find(vectors: Vectors, k: int) -> Neighbours:
+    """The k nearest other texts of each text. Cost: 2 n² d operations, a few arrays [512, n].
+
+    Args:
+        vectors: float32 [n, d].
+        k: How many neighbours, at least 1.
+
+    Raises:
+        InputError: k is below 1.
+    """
+    if k < 1:
+        raise InputError(f"k must be at least 1, got {k}")
+    count, k = len(vectors), min(k, len(vectors) - 1)
+    is_known = has_direction(vectors)
+    found = np.empty((count, max(k, 0)), np.int64)
+    for rows in blocks(count) if k > 0 else ():
+        distance = 1.0 - cosine_rows(vectors[rows], vectors)
+        distance[:, ~is_known] = _BEYOND
+        distance[np.arange(len(distance)), np.arange(rows.start, rows.stop)] = np.inf
+        found[rows] = _nearest(distance, k)
+    return Neighbours(found, is_known)
+
+
+def search(queries: Vectors, documents: Vectors, k: int) -> Indices:
+    """The documents that a search would show. Cost: 2 q n d operations, a few arrays [512, n].
+
+    Args:
+        queries: float32 [q, d].
+        documents: float32 [n, d].
+        k: How many, at least 1.
+
+    Returns:
+        int64 [q, min(k, n)], the nearest first.
+    """
+    is_known = has_direction(documents)
+    k = min(k, len(documents))
+    found = np.empty((len(queries), k), np.int64)
+    for rows in blocks(len(queries)):
+        distance = 1.0 - cosine_rows(queries[rows], documents)
+        distance[:, ~is_known] = _BEYOND
+        found[rows] = _nearest(distance, k)
+    return found
+
+
+def kept_shares(before: Neighbours, now: Neighbours, k: int) -> Floats:
+    """Of each text, the share of its k nearest that are still among its k nearest.
+
+    A text that has no direction before or now has kept none.
+
+    Args:
+        before: Of the reference.
+        now: Of other vectors of the same texts.
+        k: At most what was found; where there are no k others it is n - 1.
+
+    Returns:
+        float64 [n], from 0 to 1; 0 for a single text.
+    """
+    shares = shares_in_common(before.nearest[:, :k], now.nearest[:, :k])
+    shares[~(before.has_direction & now.has_direction)] = 0.0
+    return shares
+
+
+def shares_in_common(before: Indices, now: Indices) -> Floats:
+    """Share of each row's indices that stand in the same row of the other, float64 [n].
+
+    Args:
+        before: int64 [n, k], no index twice in a row.
+        now: int64 [n, k], the same.
+    """
+    if before.shape[1] == 0:
+        return np.zeros(len(before))
+    common = (before[:, :, None] == now[:, None, :]).any(axis=2)
+    shares: Floats = common.mean(axis=1)
+    return shares
+
+
+def overlap(before: Neighbours, now: Neighbours, k: int) -> float | None:
+    """Mean of :func:`kept_shares`, or None for a single text, which has no neighbour."""
+    if len(before.nearest) < 2:
+        return None
+    return float(kept_shares(before, now, k).mean())
+
+
+def _nearest(distance: Floats, k: int) -> Indices:
+    """Columns of the k least of each row, the least first, equal ones in their order."""
+    limit = np.partition(distance, k - 1, axis=1)[:, k - 1 : k]
+    nearer, tied = distance < limit, distance == limit
+    wanted = k - nearer.sum(axis=1, keepdims=True)
+    chosen = nearer | (tied & (tied.cumsum(axis=1) <= wanted))
+    columns = np.nonzero(chosen)[1].reshape(len(distance), k)
+    order = np.argsort(np.take_along_axis(distance, columns, axis=1), axis=1, kind="stable")
+    ordered: Indices = np.take_along_axis(columns, order, axis=1)
+    return ordered
