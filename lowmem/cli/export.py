@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,8 @@ from lowmem.progress import bar
 from lowmem.text.files import read_rows
 
 BUILT_IN = "built-in"
+
+_SECONDS_WORTH_A_LINE = 30
 
 
 def export(
@@ -82,7 +85,8 @@ def export(
     # Before any weights are downloaded.
     settled, model = _contract(contract, _known_models(source), source)
     accepts = _acceptance(accept_licence or ())
-    opened = open_source(source, accepts_licence=accepts, progress=_show)
+    progress = _Progress()
+    opened = open_source(source, accepts_licence=accepts, progress=progress)
     typer.echo(f"licence: {opened.licence or 'none named by the source'}", err=True)
     run(
         opened,
@@ -95,7 +99,7 @@ def export(
         copy=copy,
         force=force,
         accepts_licence=accepts,
-        progress=_show,
+        progress=progress,
     )
     result = Bundle(bundle)
     _write_reference(result, reference_texts)
@@ -172,13 +176,37 @@ def _acceptance(named: Collection[str]) -> Callable[[str], bool]:
     return accepts
 
 
-def _show(what: str, done: int, total: int) -> None:
-    line = f"{what}: {done} of {total}"
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{line}" if done < total - 1 else "\r\033[K")
-    elif done == 0:
-        sys.stderr.write(f"{what}: {total} steps\n")
-    sys.stderr.flush()
+class _Progress:
+    """Steps on stderr: one line that changes on a terminal, elsewhere a line for each kind."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._told: set[str] = set()
+        self._first, self._start = 0, 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Shows a step that begins, and how long the rest will take by the steps before it."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._first, self._start = what, done, now
+        finished = done - self._first
+        left = (now - self._start) / finished * (total - done) if finished else None
+        about = "" if left is None else f", about {_duration(left)} left"
+        if sys.stderr.isatty():
+            line = f"{what}: {done} of {total}{about}"
+            sys.stderr.write(f"\r\033[K{line}" if done < total - 1 else "\r\033[K")
+        elif what not in self._told:
+            self._told.add(what)
+            sys.stderr.write(f"{what}: {total} steps\n")
+        elif finished == 1 and left is not None and left > _SECONDS_WORTH_A_LINE:
+            sys.stderr.write(f"{what}{about}\n")
+        sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _write_reference(bundle: Bundle, texts: str) -> None:

@@ -174,6 +174,8 @@ def _together(records: Sequence[Record]) -> Record:
         tokens=sum(record.tokens for record in records),
         load_seconds=max(record.load_seconds for record in records),
         seconds=[sum(sum(record.seconds) for record in records)],
+        waited_seconds=sum(record.waited_seconds for record in records),
+        token_pairs=sum(record.token_pairs for record in records),
         peak_host_bytes=max(record.peak_host_bytes for record in records),
         peak_device_bytes=max(record.peak_device_bytes for record in records),
         versions=records[-1].versions,

@@ -35,7 +35,7 @@ def bundle(tmp_path_factory):
     contract.write_text(json.dumps(checkpoint.contract.to_json()))
     lowmem(
         *("export", checkpoint.path, folder / "bundle", "--contract", contract),
-        *("--reference-texts", "quick"),
+        *("--reference-texts", "quick", "--calibration", "none"),
     )
     return folder / "bundle"
 
@@ -120,11 +120,30 @@ def test_export_prints_bits_and_sizes(bundle):
         bundle,
         "--contract",
         bundle.parent / "contract.json",
-        "--reference-texts",
-        "quick",
+        *("--reference-texts", "quick", "--calibration", "none"),
     )
     assert "int4" in again.stdout
     assert "4.256 bits/weight" in again.stdout
+
+
+def test_export_is_steered_by_texts_of_ones_own(bundle, tmp_path):
+    (tmp_path / "texts.txt").write_text("One text.\nAnother text, and a longer one.\n")
+    contract = ("--contract", bundle.parent / "contract.json")
+    options = ("--variants", "int4", "--no-onnx", "--calibration", tmp_path / "texts.txt")
+    done = lowmem("export", bundle.parent / "checkpoint", tmp_path / "own", *contract, *options)
+    assert "calibrating: 5 steps" in done.stderr
+    manifest = json.loads((tmp_path / "own" / "lowmem.json").read_text())
+    jsonschema.validate(manifest, schemas.load("manifest"))
+    assert len(manifest["variants"]["int4"]["recipe"]["calibration"]) == 64
+
+
+def test_texts_to_calibrate_by_that_are_missing_are_one_error_before_anything(bundle, tmp_path):
+    contract = ("--contract", bundle.parent / "contract.json", "--calibration")
+    (tmp_path / "empty.txt").write_text("")
+    for file, said in (("none.txt", "none.txt"), ("empty.txt", "empty.txt holds no text")):
+        words = ("export", bundle.parent / "checkpoint", tmp_path / "new", *contract)
+        assert said in lowmem(*words, tmp_path / file, status=1).stderr
+        assert not (tmp_path / "new").exists()
 
 
 def test_plan_json_follows_its_schema_and_chooses_from_many(bundle):

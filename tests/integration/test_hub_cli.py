@@ -43,7 +43,7 @@ def place(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 EXPORT = (
     *("export", NAME, "bundle", "--contract", "contract.json"),
-    *("--variants", "fp16,int8", "--no-onnx"),
+    *("--variants", "fp16,int8", "--no-onnx", "--calibration", "none"),
 )
 
 
@@ -148,7 +148,7 @@ def test_name_commit_and_licence_are_carried_to_manifest_info_and_report(
 
 def test_a_source_that_names_no_licence_is_exported_and_it_is_said(place: Path) -> None:
     checkpoint = tiny_checkpoint(place / "tiny", layers=1).path
-    options = ("--variants", "int8", "--no-onnx", "--reference-texts", "none")
+    options = ("--variants", "fp16", "--no-onnx", "--reference-texts", "none")
     contract = ("--contract", "contract.json")
     done = lowmem("export", str(checkpoint), "bundle", *contract, *options)
     assert "licence: none named by the source\n" in done.stderr

@@ -102,7 +102,10 @@ def test_the_wheel_alone_exports_and_plans(tmp_path):
         "from lowmem.cli import main; main()"
     )
     for words in (
-        ("export", "MODEL", "bundle", "--contract", "contract.json", "--reference-texts", "quick"),
+        (
+            *("export", "MODEL", "bundle", "--contract", "contract.json"),
+            *("--reference-texts", "quick", "--calibration", "none"),
+        ),
         ("report", "bundle", "--variant", "fp16", "--engine", "torch", "--html", "report.html"),
         ("plan", "bundle", "--variant", "fp16", "--json"),
     ):
