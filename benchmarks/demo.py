@@ -33,8 +33,8 @@ tokenizer and real outliers in its activations. It was never trained to embed, s
 shows that the path works, and nothing about quality. What the report measures, how faithful each
 plan is to the 16-bit reference, is as real as it would be for a 7B model.
 
-The quantized variants were calibrated on built-in texts that share nothing with those of the report.
-A plan below the standard floor, if there is one, ends the report with status 3, and the planner
+The quantized variants were calibrated on built-in texts that share nothing with the report's. A
+plan below the standard floor, if there is one, ends the report with status 3, and the planner
 leaves it alone. Both are as they should be.
 """
 

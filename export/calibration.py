@@ -13,6 +13,7 @@ are gone through as they were stored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,10 +31,11 @@ from lowmem.artifact.weights import LayerWeights, LinearWeights
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear, to_torch
 from lowmem.errors import BundleError
+from lowmem.hardware import probe
 from lowmem.text.batching import EncodedText
 
 _SMALLEST_SQUARE = 1e-12
-_SAMPLE_TOKENS = 4096
+_SAMPLE_TOKENS = 2048
 
 Tensors = dict[str, RawTensor]
 Formats = Mapping[str, Format]
@@ -49,7 +51,7 @@ class Calibration:
         config: ModelConfig,
         contract: Contract,
         embedding: RawTensor,
-        variants: Sequence[str],
+        variants: Mapping[str, int | None],
         directory: Path,
     ) -> None:
         """Looks up the embeddings.
@@ -59,7 +61,7 @@ class Calibration:
             config: The model's shape.
             contract: Whether attention is causal.
             embedding: The token embeddings.
-            variants: Names of those to be calibrated.
+            variants: Those to be calibrated, and about how many tokens suffice each; None for all.
             directory: Where scratch files may lie, without a name.
 
         Raises:
@@ -69,7 +71,10 @@ class Calibration:
         self._full = HiddenStates(self._texts, embedding)
         self._before = self._texts.scratch(config.hidden_size)
         self._middle = self._texts.scratch(config.hidden_size)
-        self._variants = {name: HiddenStates(self._texts, embedding) for name in variants}
+        self._variants = {
+            name: HiddenStates(self._texts.part(enough), embedding)
+            for name, enough in variants.items()
+        }
 
     def states(self, variant: str | None = None) -> Tensor:
         """Hidden states before the next layer, ``[tokens, hidden_size]``, longest texts first.
@@ -123,7 +128,7 @@ class Calibration:
         return torch.cat(
             [
                 rows[::step] * weight[::step].sqrt()
-                for rows, weight in zip(inputs, self._token_weights(), strict=True)
+                for rows, weight in zip(inputs, self._token_weights(self._texts), strict=True)
             ]
         )
 
@@ -152,20 +157,25 @@ class Calibration:
         def wanted(stage: Stage) -> Iterator[Tensor]:
             """The full-precision model's inputs of a stage that reads a norm, else its sums."""
             if stage == ATTENTION:
-                yield from self._texts.normed(self._before, norms[BEFORE_ATTENTION])
+                yield from states.texts.normed(self._before, norms[BEFORE_ATTENTION])
             elif stage == MLP:
-                yield from self._texts.normed(self._middle, norms[BEFORE_MLP])
+                yield from states.texts.normed(self._middle, norms[BEFORE_MLP])
             else:
                 sums = self._middle if stage == OUTPUT else self._full.hidden
-                for rows in self._texts.rows:
+                for rows in states.texts.rows:
                     yield sums[rows] - states.hidden[rows]
 
         def weigh(stage: Stage, inputs: Inputs) -> Tensor:
             weight = folded.weights(stage)
-            seen, crossed = _moments(inputs, wanted(stage), self._token_weights())
-            moments = Moments(seen, weight @ crossed if stage in (ATTENTION, MLP) else crossed)
             form = formats[stage[0]]
             assert all(formats[linear] == form for linear in stage), stage
+            seen, crossed = _moments(
+                inputs,
+                wanted(stage),
+                self._token_weights(states.texts),
+                _fastest_dtype() if form.bits < 8 else torch.float32,
+            )
+            moments = Moments(seen, weight @ crossed if stage in (ATTENTION, MLP) else crossed)
             try:
                 values, scales = quantize_outputs(weight, moments, grid_of(form, len(seen)))
             except BundleError as error:
@@ -183,13 +193,13 @@ class Calibration:
         states.advance((norms[BEFORE_ATTENTION], norms[BEFORE_MLP]), weigh, rounded)
         return tensors
 
-    def _token_weights(self) -> Iterator[Tensor]:
+    def _token_weights(self, texts: Texts) -> Iterator[Tensor]:
         """What each token's squared error counts, ``[rows, 1]``: it is taken relative to the token.
 
         The first token's states are hundreds of times as long as those of others; counted by
         their absolute error it would be all that a layer is fitted to.
         """
-        for rows in self._texts.rows:
+        for rows in texts.rows:
             squares = self._full.hidden[rows].square().mean(dim=-1, keepdim=True)
             yield squares.clamp_min_(_SMALLEST_SQUARE).reciprocal_()
 
@@ -246,20 +256,37 @@ def _rounded(formats: Formats) -> frozenset[str]:
 
 
 def _moments(
-    inputs: Inputs, wanted: Iterator[Tensor], weights: Iterator[Tensor]
+    inputs: Inputs, wanted: Iterator[Tensor], weights: Iterator[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sums over all tokens: x xᵀ of the inputs, and t xᵀ with what is wanted."""
+    """Weighted sums over all tokens: x xᵀ of the inputs, and t xᵀ with what is wanted.
+
+    Products are taken in ``dtype``, sums in float32.
+    """
     seen = crossed = None
     for (_, states), targets, weight in zip(inputs(), wanted, weights, strict=True):
         if seen is None or crossed is None:
             seen = states.new_zeros(states.shape[1], states.shape[1])
             crossed = states.new_zeros(targets.shape[1], states.shape[1])
-        weighted = states * weight
-        seen.addmm_(weighted.T, states)
-        crossed.addmm_(targets.T, weighted)
+        root = weight.sqrt()
+        states, targets = (states * root).to(dtype), (targets * root).to(dtype)
+        if dtype == torch.float32:
+            seen.addmm_(states.T, states)
+            crossed.addmm_(targets.T, states)
+        else:
+            seen += states.T @ states
+            crossed += targets.T @ states
     assert seen is not None, "no texts"
     assert crossed is not None
     return seen, crossed
+
+
+@cache
+def _fastest_dtype() -> torch.dtype:
+    """bfloat16 where the processor has it, at twice the speed.
+
+    What it loses is far below what 4 bits lose, and not below what 8 bits do.
+    """
+    return torch.bfloat16 if probe().has_native_bf16 else torch.float32
 
 
 def _stacked(linears: Mapping[str, LinearWeights], stage: Stage) -> Tensor:

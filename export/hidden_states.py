@@ -8,6 +8,7 @@ or as they have just been quantized to suit those inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,17 @@ class Texts:
         self.mixed = self.scratch(config.num_attention_heads * config.head_dim)
         self.gated = self.scratch(config.intermediate_size)
 
+    def part(self, least_tokens: int | None) -> Texts:
+        """Every second, third, … batch, in the same scratch and rows; all of them for None.
+
+        Args:
+            least_tokens: About how many tokens suffice.
+        """
+        step = 1 if least_tokens is None else max(1, self.tokens // least_tokens)
+        some = copy(self)
+        some.batches, some._ids = self.batches[::step], self._ids[::step]
+        return some
+
     def scratch(self, features: int) -> Tensor:
         """Zeros on the disk, float32 ``[tokens, features]``."""
         return mapped(self._directory, (self.tokens, features))
@@ -119,12 +131,13 @@ class HiddenStates:
 
     Attributes:
         hidden: float32 ``[tokens, hidden_size]``.
+        texts: The texts that are computed.
     """
 
     def __init__(self, texts: Texts, embedding: RawTensor) -> None:
         """Starts before the first layer."""
         self.hidden = texts.embedded(embedding)
-        self._texts = texts
+        self.texts = texts
 
     def advance(
         self, norms: tuple[Tensor, Tensor], weigh: Weigh, rounded: frozenset[str] = frozenset()
@@ -137,7 +150,7 @@ class HiddenStates:
                 ``o_proj`` and ``down_proj``, ``hidden`` is what their outputs will be added to.
             rounded: Linears whose inputs are rounded to 8 bits per token.
         """
-        texts, head_dim = self._texts, self._texts.config.head_dim
+        texts, head_dim = self.texts, self.texts.config.head_dim
         before_attention, before_mlp = norms
 
         def inputs(stage: Stage, states: Inputs) -> Inputs:
@@ -174,7 +187,7 @@ class HiddenStates:
             self.hidden[rows] += reproducible_product(states, weight)
 
     def _rows(self, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        for rows in self._texts.rows:
+        for rows in self.texts.rows:
             yield rows, states[rows]
 
 

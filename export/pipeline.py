@@ -45,6 +45,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
 _SMALL_FILES_BYTES = 32 * 2**20
+_ENOUGH_FOR_8_BITS = 12_000  # tokens
 
 
 def export(
@@ -200,12 +201,18 @@ def _calibration(
     workspace: Workspace,
 ) -> Calibration | None:
     """The calibration texts in front of the first layer, if a job needs them."""
-    calibrated = [job.name for job in jobs if job.is_calibrated]
+    calibrated = {
+        # What 8 bits lose takes fewer texts to see.
+        job.name: _ENOUGH_FOR_8_BITS
+        if min(form.bits for form in job.formats.values()) >= 8
+        else None
+        for job in jobs
+        if job.is_calibrated
+    }
     if not calibrated:
         return None
-    tokenizer = Tokenizer(
-        workspace.partial / calibrated[0] / "tokenizer.json", contract, config.vocab_size
-    )
+    folder = workspace.partial / next(iter(calibrated))
+    tokenizer = Tokenizer(folder / "tokenizer.json", contract, config.vocab_size)
     prompts = [contract.prompt(row.input_type, row.task) for row in rows]
     texts = tokenizer.encode([row.text for row in rows], prompts, truncate=True)
     embedding = read_tensor(source, EMBEDDING, dtype)

@@ -66,7 +66,6 @@ def embed(bundle: Bundle, variant: str, compute: str) -> NDArray[np.float32]:
     [
         ("int4", "fp32", 0.5),
         ("bnb-nf4", "fp32", 0.5),
-        ("int8", "fp32", 0.9),
         ("int8", "int8", 0.7),
         ("bnb-int8", "fp32", 0.5),
     ],
@@ -93,7 +92,7 @@ def test_hidden_states_are_those_of_the_engine(checkpoint: Path, tmp_path: Path)
     batches = pack(texts, 2048, pooling=CONTRACT.pooling)
     TorchEngine(opened, CONTRACT).embed(batches, on_layer=lambda *step: seen.append(step[2]))
     calibration = Calibration(
-        texts, opened.config, CONTRACT, opened.embedding(), ["replayed"], tmp_path
+        texts, opened.config, CONTRACT, opened.embedding(), {"replayed": None}, tmp_path
     )
     for index in range(opened.config.num_hidden_layers):
         layer = opened.layer(index)
@@ -109,7 +108,7 @@ def test_scratch_files_have_no_name(checkpoint: Path, tmp_path: Path) -> None:
     opened = Checkpoint(checkpoint)
     tokenizer = Tokenizer(checkpoint / "tokenizer.json", CONTRACT, opened.config.vocab_size)
     texts = tokenizer.encode(["a text"], [CONTRACT.prompt("document", None)])
-    Calibration(texts, opened.config, CONTRACT, opened.embedding(), ["one"], tmp_path)
+    Calibration(texts, opened.config, CONTRACT, opened.embedding(), {"one": None}, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
