@@ -94,7 +94,7 @@ def table(choice: Choice) -> str:
             for gpu in machine.gpus
         ),
         "",
-        "  variant   engine      device compute schedule     memory  tokens/s  fidelity",
+        "  variant  engine      device compute    schedule    memory tokens/s fidelity",
     ]
     running = [plan for plan in choice.plans if plan.dropped is None]
     lines += [_row(plan, choice) for plan in running]
@@ -126,8 +126,8 @@ def _row(plan: Plan, choice: Choice) -> str:
     speed = f"{mark_estimate}{plan.speed:.0f}" if plan.speed else "-"
     memory = options.size_text(plan.device_bytes if plan.device == "cuda" else plan.host_bytes)
     return (
-        f"{mark} {plan.variant:<9} {plan.engine:<11} {plan.device:<6} {plan.compute:<7} "
-        f"{plan.schedule:<9} {memory:>9} {speed:>9}  {plan.fidelity}"
+        f"{mark} {plan.variant:<8} {plan.engine:<11} {plan.device:<6} {plan.compute:<10} "
+        f"{plan.schedule:<8} {memory:>9} {speed:>8} {plan.fidelity}"
     )
 
 

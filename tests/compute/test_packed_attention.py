@@ -60,10 +60,11 @@ def test_a_kernel_and_sdpa_by_length_give_the_plain_form(
 ) -> None:
     prefix = prefix if is_causal else 0
     lengths = [length for count, length in runs for _ in range(count)]
-    tokens = prefix + sum(lengths)
+    tokens = sum(lengths)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        2 * torch.rand(tokens, heads, 8, generator=generator) - 1 for heads in (2 * share, 2, 2)
+        2 * torch.rand(count, heads, 8, generator=generator) - 1
+        for count, heads in ((tokens, 2 * share), (prefix + tokens, 2), (prefix + tokens, 2))
     )
     spans = Spans.of(lengths, prefix, is_causal, "cpu")
     if pooled_only:

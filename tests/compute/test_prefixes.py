@@ -59,9 +59,9 @@ def test_a_prefix_is_computed_once_and_changes_no_vector(
     passes: list[int] = []
     plain = layers.decode_prefix
 
-    def counted(*arguments: object) -> object:
+    def counted(*arguments: object, is_exact: bool) -> object:
         passes.append(len(arguments[2]))  # type: ignore[arg-type]  # the hidden states
-        return plain(*arguments)  # type: ignore[arg-type]
+        return plain(*arguments, is_exact=is_exact)  # type: ignore[arg-type]
 
     monkeypatch.setattr(layers, "decode_prefix", counted)
     plan = Plan(variant, "torch", "cpu", compute, schedule, batch_tokens=30, window_tokens=60)

@@ -253,8 +253,8 @@ def test_a_variant_that_is_there_is_checked_and_left(checkpoint: Path, bundle: P
 def test_a_variant_of_another_recipe_is_replaced_only_by_force(
     checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other_recipe(variant: str, dtype: str) -> dict[str, Any]:
-        return recipe_for(variant, dtype) | {"scales": "another way"}
+    def other_recipe(variant: str, dtype: str, calibration: str | None) -> dict[str, Any]:
+        return recipe_for(variant, dtype, calibration) | {"scales": "another way"}
 
     before = tree(bundle)
     monkeypatch.setattr(pipeline, "recipe_for", other_recipe)

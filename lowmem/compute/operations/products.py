@@ -39,7 +39,6 @@ def reproducible_product(states: Tensor, weight: Tensor) -> Tensor:
     return (onednn if _has_onednn() else F.linear)(states, weight)
 
 
-@cache
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
