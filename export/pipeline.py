@@ -45,7 +45,8 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
 _SMALL_FILES_BYTES = 32 * 2**20
-_ENOUGH_FOR_8_BITS = 12_000  # tokens
+# How many calibration tokens suffice a format; what is not here gains from all there are.
+_ENOUGH_TOKENS = {"int8-channel": 12_000, "bnb-int8": 12_000, "bnb-nf4": 16_000}
 
 
 def export(
@@ -202,10 +203,7 @@ def _calibration(
 ) -> Calibration | None:
     """The calibration texts in front of the first layer, if a job needs them."""
     calibrated = {
-        # What 8 bits lose takes fewer texts to see.
-        job.name: _ENOUGH_FOR_8_BITS
-        if min(form.bits for form in job.formats.values()) >= 8
-        else None
+        job.name: _ENOUGH_TOKENS.get(next(iter(job.formats.values())).name)
         for job in jobs
         if job.is_calibrated
     }
