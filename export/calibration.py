@@ -148,7 +148,7 @@ class Calibration:
             BundleError: A scale does not fit its format.
         """
         states, config = self._variants[name], self._texts.config
-        rounded = _rounded(formats)
+        rounded = rounded_linears(formats)
         folded = layer.folded if rounded else layer
         assert folded is not None, "with_folds was not asked for"
         norms = folded.norms
@@ -212,7 +212,7 @@ class Calibration:
             layer: The layer as it is stored.
         """
         norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
-        rounded = _rounded({name: linear.format for name, linear in layer.linears.items()})
+        rounded = rounded_linears({name: linear.format for name, linear in layer.linears.items()})
         self._variants[name].advance(
             (norms[BEFORE_ATTENTION], norms[BEFORE_MLP]),
             lambda stage, inputs: _stacked(layer.linears, stage),
@@ -246,7 +246,7 @@ class FullLayer:
         return weight if self._folds is None else self._folds.apply(linear, weight)
 
 
-def _rounded(formats: Formats) -> frozenset[str]:
+def rounded_linears(formats: Formats) -> frozenset[str]:
     """The linears whose inputs 8-bit compute rounds."""
     return frozenset(
         linear

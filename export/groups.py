@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
-from export.calibration import Calibration
+from export.calibration import Calibration, rounded_linears
 from export.identity import SourceIdentity
 from export.job import Job, by_file
 from export.journal import Finished
@@ -18,15 +18,15 @@ from export.sources import Source
 from export.workspace import Workspace
 from export.writer import TensorWriter
 from lowmem.artifact.config import NORMS, ModelConfig
-from lowmem.artifact.formats import Format, Int8Channel, Plain
+from lowmem.artifact.formats import Plain
 from lowmem.artifact.tensors import RawTensor
 from lowmem.artifact.variants import DTYPE_NAMES
 from lowmem.artifact.weights import (
     EMBEDDING,
     FINAL_NORM,
     LayerWeights,
-    LinearWeights,
     latent_shapes,
+    layer_weights,
     module_shapes,
 )
 from lowmem.compute.operations.linear import to_torch
@@ -61,6 +61,7 @@ def write_groups(
     """
     config = source.config
     kept, groups = by_file(finished), _groups(config)
+    plain = dict.fromkeys(module_shapes(config), Plain(dtype))
     with ExitStack() as stack:
         writers = {}
         for job in jobs:
@@ -76,10 +77,17 @@ def write_groups(
             progress(_step(calibrated is not None, group[0] in finished), done, len(groups))
             if calibrated is None:
                 for name in group:
-                    _write_tensor(name, read_tensor(source, name, dtype), jobs, writers)
+                    raw = read_tensor(source, name, dtype)
+                    for job in jobs:
+                        if job.file in writers:
+                            _write_tensor(name, raw, job, writers[job.file])
             else:
-                layer = _layer(source, done - 1, dtype)
-                _write_layer(layer, jobs, writers, calibrated, is_finished=group[0] in finished)
+                layer = layer_weights(
+                    done - 1, config, plain, lambda name: read_tensor(source, name, dtype)
+                )
+                _write_layer(
+                    layer, jobs, writers, calibrated, config, is_finished=group[0] in finished
+                )
             identity.check()
             if group[0] not in finished:
                 synced = {file: writer.sync() for file, writer in writers.items()}
@@ -103,75 +111,46 @@ def _step(is_calibrated: bool, is_finished: bool) -> str:
     return "going through finished layers" if is_finished else "calibrating"
 
 
-def _layer(source: Source, index: int, dtype: str) -> LayerWeights:
-    """A layer of the source in 16 bits."""
-    config, form = source.config, Plain(dtype)
-    linears = {}
-    for name, (out_features, in_features) in config.linears().items():
-        raw = read_tensor(source, f"layers.{index}.{name}.weight", dtype)
-        linears[name] = LinearWeights(form, out_features, in_features, {"weight": raw})
-    norms = {norm: read_tensor(source, f"layers.{index}.{norm}.weight", dtype) for norm in NORMS}
-    return LayerWeights(index, linears, norms)
-
-
 def _write_layer(
     layer: LayerWeights,
     jobs: Sequence[Job],
     writers: Mapping[str, TensorWriter],
     calibration: Calibration,
+    config: ModelConfig,
     *,
     is_finished: bool,
 ) -> None:
     """Writes a layer in all variants, the calibrated ones by what they do to the texts."""
-    forms = {form for job in jobs for form in job.formats.values()}
-    full = calibration.full_precision(layer, with_folds=not is_finished and Int8Channel() in forms)
-    for job in jobs:
-        if job.file not in writers:
-            continue
-        writer, prefix = writers[job.file], f"layers.{layer.index}."
+    written = [job for job in jobs if job.file in writers]
+    formats = {
+        job.name: {name: job.formats[f"layers.{layer.index}.{name}"] for name in layer.linears}
+        for job in written
+        if job.is_calibrated
+    }
+    with_folds = not is_finished and any(map(rounded_linears, formats.values()))
+    full = calibration.full_precision(layer, with_folds=with_folds)
+    for job in written:
+        writer = writers[job.file]
         if job.is_calibrated and is_finished:
-            calibration.replay(job.name, _stored_layer(layer, job, writer))
+            stored = layer_weights(layer.index, config, job.formats, writer.read)
+            calibration.replay(job.name, stored)
         elif job.is_calibrated:
-            formats = {name: job.formats[prefix + name] for name in layer.linears}
-            for name, raw in calibration.quantize(job.name, full, formats).items():
-                writer.write(prefix + name, raw)
+            for name, raw in calibration.quantize(job.name, full, formats[job.name]).items():
+                writer.write(f"layers.{layer.index}.{name}", raw)
         elif not is_finished:
             for norm, raw in layer.norms.items():
-                writer.write(f"{prefix}{norm}.weight", raw)
+                _write_tensor(f"layers.{layer.index}.{norm}.weight", raw, job, writer)
             for name, linear in layer.linears.items():
-                module = prefix + name
-                _write_linear(writer, module, linear.tensors["weight"], job.formats[module])
+                weight = linear.tensors["weight"]
+                _write_tensor(f"layers.{layer.index}.{name}.weight", weight, job, writer)
 
 
-def _stored_layer(layer: LayerWeights, job: Job, writer: TensorWriter) -> LayerWeights:
-    """A layer as a variant's file has it already."""
-    prefix = f"layers.{layer.index}."
-    linears = {}
-    for name, linear in layer.linears.items():
-        form, shape = job.formats[prefix + name], (linear.out_features, linear.in_features)
-        tensors = {suffix: writer.read(f"{prefix}{name}.{suffix}") for suffix in form.specs(*shape)}
-        linears[name] = LinearWeights(form, *shape, tensors)
-    norms = {norm: writer.read(f"{prefix}{norm}.weight") for norm in layer.norms}
-    return LayerWeights(layer.index, linears, norms)
-
-
-def _write_tensor(
-    name: str, raw: RawTensor, jobs: Sequence[Job], writers: Mapping[str, TensorWriter]
-) -> None:
-    """Writes a tensor in all variants, by itself alone."""
+def _write_tensor(name: str, raw: RawTensor, job: Job, writer: TensorWriter) -> None:
+    """Writes a tensor of the source in a variant's format, by itself alone."""
     module = name.removesuffix(".weight")
-    for job in jobs:
-        if job.file not in writers:
-            continue
-        if module in job.formats:
-            _write_linear(writers[job.file], module, raw, job.formats[module])
-        else:
-            writers[job.file].write(name, raw)
-
-
-def _write_linear(writer: TensorWriter, module: str, raw: RawTensor, form: Format) -> None:
-    if isinstance(form, Plain):
-        writer.write(f"{module}.weight", raw)
+    form = job.formats.get(module)
+    if form is None or isinstance(form, Plain):
+        writer.write(name, raw)
         return
     for suffix, tensor in quantize(to_torch(raw, "cpu"), form, module).items():
         writer.write(f"{module}.{suffix}", tensor)

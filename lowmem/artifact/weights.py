@@ -123,21 +123,9 @@ class Checkpoint:
             read: ``StoredTensor.map`` leaves the bytes in the page cache, ``StoredTensor.read``
                 copies them into memory.
         """
-        linears = {}
-        for name, (out_features, in_features) in self.config.linears().items():
-            module = f"layers.{index}.{name}"
-            form = self.formats[module]
-            linears[name] = LinearWeights(
-                form,
-                out_features,
-                in_features,
-                {
-                    suffix: read(self.tensors[f"{module}.{suffix}"])
-                    for suffix in form.specs(out_features, in_features)
-                },
-            )
-        norms = {norm: read(self.tensors[f"layers.{index}.{norm}.weight"]) for norm in NORMS}
-        return LayerWeights(index, linears, norms)
+        return layer_weights(
+            index, self.config, self.formats, lambda name: read(self.tensors[name])
+        )
 
     def layers(
         self, read: Callable[[StoredTensor], RawTensor] = StoredTensor.map
@@ -191,6 +179,30 @@ class Checkpoint:
                 + "; ".join(problems[:5])
                 + more
             )
+
+
+def layer_weights(
+    index: int,
+    config: ModelConfig,
+    formats: Mapping[str, Format],
+    tensor: Callable[[str], RawTensor],
+) -> LayerWeights:
+    """One layer's weights, from wherever its tensors are.
+
+    Args:
+        index: Position in the stack, from 0.
+        config: The model's shape.
+        formats: Format of every linear, by module.
+        tensor: Gives a tensor by its name, ``layers.0.mlp.up_proj.weight``.
+    """
+    linears = {}
+    for name, shape in config.linears().items():
+        module = f"layers.{index}.{name}"
+        form = formats[module]
+        tensors = {suffix: tensor(f"{module}.{suffix}") for suffix in form.specs(*shape)}
+        linears[name] = LinearWeights(form, *shape, tensors)
+    norms = {norm: tensor(f"layers.{index}.{norm}.weight") for norm in NORMS}
+    return LayerWeights(index, linears, norms)
 
 
 def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
