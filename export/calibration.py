@@ -19,8 +19,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.folds import BEFORE_ATTENTION, BEFORE_MLP, Folds, fold
-from export.hidden_states import ATTENTION, MLP, OUTPUT, HiddenStates, Inputs, Stage, Texts
+from export.folds import Folds, fold
+from export.hidden_states import (
+    ATTENTION,
+    BEFORE_ATTENTION,
+    BEFORE_MLP,
+    MLP,
+    OUTPUT,
+    HiddenStates,
+    Inputs,
+    Stage,
+    Texts,
+)
 from export.quantizers.gptq import Moments, quantize_outputs
 from export.quantizers.grids import grid_of, pack
 from lowmem.artifact.config import ModelConfig
@@ -101,7 +111,7 @@ class Calibration:
                 self._middle.copy_(full.hidden)
             return result.weights(stage)
 
-        full.advance((result.norms[BEFORE_ATTENTION], result.norms[BEFORE_MLP]), weigh)
+        full.advance(result.norms, weigh)
         if with_folds:
             norms, folds = fold(
                 layer.norms,
@@ -117,10 +127,8 @@ class Calibration:
 
         Those of ``o_proj`` and ``down_proj`` still lie in the scratch that all paths share.
         """
-        if stage == ATTENTION:
-            inputs = self._texts.normed(self._before, layer.norms[BEFORE_ATTENTION])
-        elif stage == MLP:
-            inputs = self._texts.normed(self._middle, layer.norms[BEFORE_MLP])
+        if stage in (ATTENTION, MLP):
+            inputs = self._normed(stage, layer.norms, self._texts)
         else:
             states = self._texts.mixed if stage == OUTPUT else self._texts.gated
             inputs = (states[rows] for rows in self._texts.rows)
@@ -151,15 +159,12 @@ class Calibration:
         rounded = rounded_linears(formats)
         folded = layer.folded if rounded else layer
         assert folded is not None, "with_folds was not asked for"
-        norms = folded.norms
         tensors = {f"{norm}.weight": raw for norm, raw in folded.stored_norms.items()}
 
         def wanted(stage: Stage) -> Iterator[Tensor]:
             """The full-precision model's inputs of a stage that reads a norm, else its sums."""
-            if stage == ATTENTION:
-                yield from states.texts.normed(self._before, norms[BEFORE_ATTENTION])
-            elif stage == MLP:
-                yield from states.texts.normed(self._middle, norms[BEFORE_MLP])
+            if stage in (ATTENTION, MLP):
+                yield from self._normed(stage, folded.norms, states.texts)
             else:
                 sums = self._middle if stage == OUTPUT else self._full.hidden
                 for rows in states.texts.rows:
@@ -169,12 +174,9 @@ class Calibration:
             weight = folded.weights(stage)
             form = formats[stage[0]]
             assert all(formats[linear] == form for linear in stage), stage
-            seen, crossed = _moments(
-                inputs,
-                wanted(stage),
-                self._token_weights(states.texts),
-                _fastest_dtype() if form.bits < 8 else torch.float32,
-            )
+            dtype = _fastest_dtype() if form.bits < 8 else torch.float32
+            weights = self._token_weights(states.texts)
+            seen, crossed = _moments(inputs, wanted(stage), weights, dtype)
             moments = Moments(seen, weight @ crossed if stage in (ATTENTION, MLP) else crossed)
             try:
                 values, scales = quantize_outputs(weight, moments, grid_of(form, len(seen)))
@@ -190,8 +192,14 @@ class Calibration:
                 tensors.update({f"{linear}.{suffix}": raw for suffix, raw in parts.items()})
             return _stacked(stored, stage)
 
-        states.advance((norms[BEFORE_ATTENTION], norms[BEFORE_MLP]), weigh, rounded)
+        states.advance(folded.norms, weigh, rounded)
         return tensors
+
+    def _normed(self, stage: Stage, norms: Mapping[str, Tensor], texts: Texts) -> Iterator[Tensor]:
+        """What a stage that reads a norm had in full precision, with that norm's weight."""
+        if stage == ATTENTION:
+            return texts.normed(self._before, norms[BEFORE_ATTENTION])
+        return texts.normed(self._middle, norms[BEFORE_MLP])
 
     def _token_weights(self, texts: Texts) -> Iterator[Tensor]:
         """What each token's squared error counts, ``[rows, 1]``: it is taken relative to the token.
@@ -214,9 +222,7 @@ class Calibration:
         norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
         rounded = rounded_linears({name: linear.format for name, linear in layer.linears.items()})
         self._variants[name].advance(
-            (norms[BEFORE_ATTENTION], norms[BEFORE_MLP]),
-            lambda stage, inputs: _stacked(layer.linears, stage),
-            rounded,
+            norms, lambda stage, inputs: _stacked(layer.linears, stage), rounded
         )
 
 

@@ -16,12 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from export.hidden_states import ATTENTION, DOWN, MLP, OUTPUT, Stage
+from export.hidden_states import (
+    ATTENTION,
+    BEFORE_ATTENTION,
+    BEFORE_MLP,
+    DOWN,
+    MLP,
+    OUTPUT,
+    Stage,
+)
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.tensors import RawTensor
 from lowmem.compute.operations.linear import to_torch
-
-BEFORE_ATTENTION, BEFORE_MLP = "input_layernorm", "post_attention_layernorm"
 
 _STRENGTH = 0.65  # of SmoothQuant's formula, whose best is near it for most linears
 _STEPS = 40

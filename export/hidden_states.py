@@ -7,7 +7,7 @@ or as they have just been quantized to suit those inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.scratch import mapped
-from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.config import NORMS, ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.tensors import RawTensor
 from lowmem.compute.attention import Spans, attend
@@ -31,8 +31,8 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT = ("self_attn.o_proj",)
 MLP = ("mlp.gate_proj", "mlp.up_proj")
 DOWN = ("mlp.down_proj",)
-STAGES = (ATTENTION, OUTPUT, MLP, DOWN)
-"""Linears that share their inputs, in the order in which a layer computes them."""
+"""The stages: linears that share their inputs, in the order in which a layer computes them."""
+BEFORE_ATTENTION, BEFORE_MLP = NORMS
 
 Stage = tuple[str, ...]
 Inputs = Callable[[], Iterator[tuple[slice, Tensor]]]
@@ -140,18 +140,17 @@ class HiddenStates:
         self.texts = texts
 
     def advance(
-        self, norms: tuple[Tensor, Tensor], weigh: Weigh, rounded: frozenset[str] = frozenset()
+        self, norms: Mapping[str, Tensor], weigh: Weigh, rounded: frozenset[str] = frozenset()
     ) -> None:
         """Takes the states through a layer.
 
         Args:
-            norms: Weights of the norms before attention and before the MLP, float32.
+            norms: Weight of each norm, float32.
             weigh: Asked for the weights of each stage in turn. While it looks at the inputs of
                 ``o_proj`` and ``down_proj``, ``hidden`` is what their outputs will be added to.
             rounded: Linears whose inputs are rounded to 8 bits per token.
         """
         texts, head_dim = self.texts, self.texts.config.head_dim
-        before_attention, before_mlp = norms
 
         def inputs(stage: Stage, states: Inputs) -> Inputs:
             if not rounded.issuperset(stage):
@@ -161,7 +160,7 @@ class HiddenStates:
         def normed(norm: Tensor) -> Inputs:
             return lambda: zip(texts.rows, texts.normed(self.hidden, norm), strict=True)
 
-        states_of = inputs(ATTENTION, normed(before_attention))
+        states_of = inputs(ATTENTION, normed(norms[BEFORE_ATTENTION]))
         weight = weigh(ATTENTION, states_of)
         sizes = [texts.config.linears()[name][0] for name in ATTENTION]
         for batch, (rows, states) in zip(texts.batches, states_of(), strict=True):
@@ -173,7 +172,7 @@ class HiddenStates:
             texts.mixed[rows] = attend(query, key, value.contiguous(), batch.spans)
         self._add(OUTPUT, weigh, inputs(OUTPUT, lambda: self._rows(texts.mixed)))
 
-        states_of = inputs(MLP, normed(before_mlp))
+        states_of = inputs(MLP, normed(norms[BEFORE_MLP]))
         weight = weigh(MLP, states_of)
         for rows, states in states_of():
             gate, up = reproducible_product(states, weight).chunk(2, dim=-1)
