@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from export.quantizers.grids import nf4_codes, pack
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped
 from lowmem.artifact.formats import bnb_nf4 as nf4_layout
-from lowmem.artifact.formats import int_grouped as grouped_layout
 from lowmem.artifact.tensors import RawTensor
 from lowmem.errors import BundleError
 
@@ -80,10 +80,7 @@ def is_finite(weight: Tensor) -> bool:
 def int8_channel(weight: Tensor) -> dict[str, RawTensor]:
     """Codes -127…127 with scale = absmax / 127 of each row, in float32."""
     codes, absmax = _row_codes(weight)
-    return {
-        "weight": RawTensor("I8", codes.numpy()),
-        "weight_scale": RawTensor("F32", (absmax / 127).numpy()),
-    }
+    return pack(Int8Channel(), codes, absmax / 127)
 
 
 def bnb_int8(weight: Tensor) -> dict[str, RawTensor]:
@@ -116,11 +113,7 @@ def int_grouped(weight: Tensor, bits: int, group_size: int) -> dict[str, RawTens
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better, scales, best_scales)
     best_codes = torch.div(groups, best_scales, out=work).round_().clamp_(lowest, highest)
-    packed = grouped_layout.pack(best_codes.flatten(1).to(torch.int8).numpy(), bits)
-    return {
-        "weight_packed": RawTensor("I32", packed),
-        "weight_scale": RawTensor("F16", best_scales[..., 0].half().numpy()),
-    }
+    return pack(IntGrouped(bits, group_size), best_codes.flatten(1), best_scales[..., 0])
 
 
 def bnb_nf4(weight: Tensor, group_size: int) -> dict[str, RawTensor]:
@@ -128,13 +121,8 @@ def bnb_nf4(weight: Tensor, group_size: int) -> dict[str, RawTensor]:
     blocks = weight.reshape(-1, group_size)
     absmax = blocks.abs().amax(-1)
     scaled = blocks / torch.where(absmax > 0, absmax, torch.ones_like(absmax))[:, None]
-    book = torch.from_numpy(nf4_layout.CODE_BOOK)
-    # How many middles lie below: faster than torch's binary search by more than half.
-    codes = torch.zeros_like(scaled, dtype=torch.uint8)
-    for middle in ((book[1:] + book[:-1]) / 2).tolist():
-        codes += scaled > middle
     return {
-        "weight": RawTensor("U8", nf4_layout.pack(codes.numpy())),
+        "weight": RawTensor("U8", nf4_layout.pack(nf4_codes(scaled).numpy())),
         "weight.absmax": RawTensor("F32", absmax.numpy()),
     }
 

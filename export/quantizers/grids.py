@@ -115,9 +115,8 @@ def pack(form: Format, values: Tensor, scales: Tensor) -> dict[str, RawTensor]:
             "SCB": RawTensor("F32", (scales[:, 0] * 127).numpy()),
         }
     assert isinstance(form, BnbNf4), form
-    codes = torch.bucketize(values, _code_book_edges()).to(torch.uint8)
     return {
-        "weight": RawTensor("U8", nf4_layout.pack(codes.numpy())),
+        "weight": RawTensor("U8", nf4_layout.pack(nf4_codes(values).numpy())),
         "weight.absmax": RawTensor("F32", scales.flatten().numpy()),
     }
 
@@ -126,14 +125,20 @@ def _whole_numbers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:
     return lambda values: values.round().clamp_(lowest, highest)
 
 
+def nf4_codes(values: Tensor) -> Tensor:
+    """The nearest of the 16 normal floats to each value, uint8."""
+    book = torch.from_numpy(nf4_layout.CODE_BOOK)
+    # How many middles lie below: faster than torch's binary search by more than half.
+    codes = torch.zeros_like(values, dtype=torch.uint8)
+    for middle in ((book[1:] + book[:-1]) / 2).tolist():
+        codes += values > middle
+    return codes
+
+
 def _normal_floats(values: Tensor) -> Tensor:
     book = torch.from_numpy(nf4_layout.CODE_BOOK)
-    return book[torch.bucketize(values, _code_book_edges())]
-
-
-def _code_book_edges() -> Tensor:
-    book = torch.from_numpy(nf4_layout.CODE_BOOK)
-    return (book[1:] + book[:-1]) / 2
+    # A column at a time is too little for many passes: here the search is the faster one.
+    return book[torch.bucketize(values, (book[1:] + book[:-1]) / 2)]
 
 
 def _int8(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.int8]]:
