@@ -239,4 +239,4 @@ def test_weights_in_the_products_dtype_are_used_where_they_lie() -> None:
     ops = PlainOperations("fp16", EPS)
     ops.project_add(noise(2, 64), weights, torch.zeros(2, 8), 0)
     assert torch.equal(weights.tensors["weight"], before)
-    assert ops._scratch is None
+    assert ops._weights.scratch is None

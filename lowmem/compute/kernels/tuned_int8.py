@@ -63,18 +63,6 @@ class TunedInt8Product:
         out_features, in_features, bits = shape
         key = f"{out_features}x{in_features}x{1 << bits}"
         tile = self._tiles[self._tuner.choose(key, ways, device_seconds)]
-        if not int8_is_exact(partial(_with_tile, tile), weight.device.type):
+        if not int8_is_exact(partial(multiply, tile=tile), weight.device.type):
             raise BackendError(f"Triton's 8-bit product is wrong on this card (tile {tile})")
         return tile
-
-
-def _with_tile(
-    tile: Tile,
-    rows: Rows,
-    weight: Tensor,
-    channel_scales: Tensor,
-    *,
-    dtype: torch.dtype,
-    residual: Tensor | None = None,
-) -> Tensor:
-    return multiply(rows, weight, channel_scales, tile, dtype=dtype, residual=residual)

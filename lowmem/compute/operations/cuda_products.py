@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem.artifact.formats import BnbInt8, Int8Channel, Plain
 from lowmem.compute.kernels.rows import RowKernels, Rows
+from lowmem.compute.operations.dequantize import Weights
 from lowmem.compute.operations.linear import Linear
 from lowmem.errors import BackendError
 
@@ -63,31 +63,15 @@ class DenseProduct:
             raise BackendError(
                 f"compute fp16-acc16 needs torch 2.7 or newer, got {torch.__version__}"
             )
-        self._dtype = dtype
-        self._dequantize = dequantize
+        self._weights = Weights(dtype, dequantize)
         self._sums_in_16_bits = sums_in_16_bits
-        self._scratch: Tensor | None = None
 
     def __call__(self, rows: Rows, linear: Linear, residual: Tensor | None = None) -> Tensor:
         """The product of a linear."""
-        weight = self.weight(linear)
+        weight = self._weights.of(linear)
         multiply = _summed_in_16_bits if self._sums_in_16_bits else F.linear
         result = multiply(rows.values, weight)
         return result if residual is None else residual + result
-
-    def weight(self, linear: Linear) -> Tensor:
-        """``(out_features, in_features)``, in the scratch unless it is stored so."""
-        stored = linear.tensors.get("weight")
-        if stored is not None and isinstance(linear.format, Plain) and stored.dtype == self._dtype:
-            return stored
-        size = linear.out_features * linear.in_features
-        if self._scratch is None or self._scratch.numel() < size:
-            self._scratch = None
-            device = next(iter(linear.tensors.values())).device
-            self._scratch = torch.empty(size, dtype=self._dtype, device=device)
-        weight = self._scratch[:size].view(linear.out_features, linear.in_features)
-        self._dequantize(weight, linear)
-        return weight
 
 
 class RoundedProduct:
@@ -117,7 +101,7 @@ class RoundedProduct:
         self._dtype = dtype
         self._multiply = multiply
         self._kernels = kernels
-        self._dense = DenseProduct(dtype, dequantize)
+        self._weights = Weights(dtype, dequantize)
 
     def __call__(self, rows: Rows, linear: Linear, residual: Tensor | None = None) -> Tensor:
         """The product of a linear."""
@@ -127,12 +111,9 @@ class RoundedProduct:
 
     def _weight(self, linear: Linear) -> tuple[Tensor, Tensor]:
         """Codes ``(out_features, in_features)`` and scales ``[out_features]``."""
-        if self._codes == torch.int8:
-            if isinstance(linear.format, Int8Channel):
-                return linear.tensors["weight"], linear.tensors["weight_scale"].view(-1)
-            if isinstance(linear.format, BnbInt8):
-                return linear.tensors["weight"], linear.tensors["SCB"] / 127
-        rounded = self._kernels.round_rows(self._dense.weight(linear), self._codes)
+        if self._codes == torch.int8 and (scales := linear.channel_scales()) is not None:
+            return linear.tensors["weight"], scales
+        rounded = self._kernels.round_rows(self._weights.of(linear), self._codes)
         assert rounded.scales is not None
         return rounded.values, rounded.scales
 

@@ -7,6 +7,7 @@ than on the work, and far more while another process computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -19,6 +20,41 @@ from lowmem.compute.operations.linear import Linear
 
 _BLOCK_ELEMENTS = 2**18
 _DEVICE_BLOCK_ELEMENTS = 2**22  # enough to occupy a card, and little beside the weight itself
+
+
+class Weights:
+    """Weights in the dtype of a product, one at a time, in a scratch that all linears share.
+
+    Attributes:
+        scratch: The scratch, or None as long as nothing had to change its form.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, dequantize: Callable[[Tensor, Linear], None] | None = None
+    ) -> None:
+        """Allocates nothing yet.
+
+        Args:
+            dtype: What is multiplied.
+            dequantize: Writes a linear's weight; ``dequantize_into`` by default.
+        """
+        self.scratch: Tensor | None = None
+        self._dtype = dtype
+        self._dequantize = dequantize or dequantize_into
+
+    def of(self, linear: Linear) -> Tensor:
+        """The weight ``(out_features, in_features)``, where it is stored if it needs no change."""
+        stored = linear.tensors.get("weight")
+        if stored is not None and isinstance(linear.format, Plain) and stored.dtype == self._dtype:
+            return stored
+        size = linear.out_features * linear.in_features
+        device = next(iter(linear.tensors.values())).device
+        if self.scratch is None or self.scratch.numel() < size or self.scratch.device != device:
+            self.scratch = None
+            self.scratch = torch.empty(size, dtype=self._dtype, device=device)
+        weight = self.scratch[:size].view(linear.out_features, linear.in_features)
+        self._dequantize(weight, linear)
+        return weight
 
 
 def dequantize_into(weight: Tensor, linear: Linear) -> None:

@@ -82,7 +82,7 @@ class Int8Operations(PlainOperations):
         """
         if exact_rows or not (has_codes(gate) and has_codes(up)):
             return super().gated_mlp(hidden, norm, gate, up, down, exact_rows)
-        full = None if has_codes(down) else self._weight(down)
+        full = None if has_codes(down) else self._weights.of(down)
         total = torch.empty_like(hidden)
         for rows in self._chunks(hidden, gate, up, down):
             codes, scales = round_to_int8(self._norm(hidden[rows], norm))
@@ -124,10 +124,8 @@ def multiply(codes: Tensor, scales: Tensor, linear: Linear, out: Tensor | None =
         linear: The linear.
         out: Where to, float32 ``[tokens, out_features]``, or None for a new tensor.
     """
-    if isinstance(linear.format, BnbInt8):
-        channel_scales = linear.tensors["SCB"] / 127
-    else:
-        channel_scales = linear.tensors["weight_scale"][:, 0]
+    channel_scales = linear.channel_scales()
+    assert channel_scales is not None, linear.format
     sums = torch._int_mm(codes, linear.tensors["weight"].t())
     if out is None:
         out = scales.new_empty(sums.shape)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.artifact.formats import Format, Int8Channel
+from lowmem.artifact.formats import BnbInt8, Format, Int8Channel
 from lowmem.artifact.tensors import RawTensor
 from lowmem.artifact.weights import LinearWeights
 
@@ -32,6 +32,15 @@ class Linear:
     def rounds_activations(self) -> bool:
         """Whether 8-bit compute may round this linear's inputs."""
         return not isinstance(self.format, Int8Channel) or self.format.rounds_activations
+
+    def channel_scales(self) -> Tensor | None:
+        """Scales of 8-bit codes that have one for each output, float32 ``[out_features]``.
+
+        The codes are the tensor ``weight``. None for every other format.
+        """
+        if isinstance(self.format, Int8Channel):
+            return self.tensors["weight_scale"][:, 0]
+        return self.tensors["SCB"] / 127 if isinstance(self.format, BnbInt8) else None
 
 
 def to_torch(raw: RawTensor, device: str = "cpu") -> Tensor:

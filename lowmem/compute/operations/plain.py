@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem.artifact.formats import Plain
 from lowmem.compute.attention import Spans, attend
 from lowmem.compute.decoder import Rotation, rms_norm
-from lowmem.compute.operations.dequantize import dequantize_into
+from lowmem.compute.operations.dequantize import Weights
 from lowmem.compute.operations.linear import Linear
 from lowmem.compute.operations.products import product
 from lowmem.compute.plan import CHUNK_BYTES
@@ -58,14 +57,14 @@ class PlainOperations:
         self.compute = compute
         self.dtype = PRODUCT_DTYPES[compute]
         self._eps = rms_norm_eps
-        self._scratch: Tensor | None = None
+        self._weights = Weights(self.dtype)
 
     def norm_project(
         self, hidden: Tensor, norm: Tensor, linears: Sequence[Linear], exact_rows: int
     ) -> list[Tensor]:
         """RMSNorm, then each linear, ``[tokens, out_features]`` in the product's dtype."""
         inputs = self._inputs(self._norm(hidden, norm), linears, exact_rows)
-        return [self._product(inputs, self._weight(linear)) for linear in linears]
+        return [self._product(inputs, self._weights.of(linear)) for linear in linears]
 
     def rotate(self, heads: Tensor, rotation: Rotation) -> Tensor:
         """Rotary positions, in float32, then in the dtype of ``heads``."""
@@ -79,7 +78,7 @@ class PlainOperations:
         self, mixed: Tensor, linear: Linear, residual: Tensor, exact_rows: int
     ) -> Tensor:
         """residual + linear(mixed), float32 ``[tokens, hidden]``."""
-        weight = self._weight(linear)
+        weight = self._weights.of(linear)
         total = torch.empty_like(residual)
         for rows in chunks(len(mixed), chunk_tokens(mixed.shape[1])):
             exact = max(0, exact_rows - rows.start)
@@ -98,8 +97,8 @@ class PlainOperations:
     ) -> Tensor:
         """hidden + down(SiLU(gate(n)) * up(n)), n = RMSNorm(hidden), float32."""
         inputs = self._inputs(self._norm(hidden, norm), (gate, up), exact_rows)
-        gated = self._product(inputs, self._weight(gate))
-        weight = self._weight(up)
+        gated = self._product(inputs, self._weights.of(gate))
+        weight = self._weights.of(up)
         for rows in chunks(len(gated), chunk_tokens(gated.shape[1])):
             raised = self._product(inputs.of(rows), weight)
             wide = gated[rows].float()  # the rows themselves where they are float32
@@ -123,20 +122,6 @@ class PlainOperations:
     def _product(self, inputs: Activations, weight: Tensor) -> Tensor:
         result = product(inputs.states, weight)
         return result if inputs.row_scales is None else result.mul_(inputs.row_scales)
-
-    def _weight(self, linear: Linear) -> Tensor:
-        """The weight ``(out_features, in_features)``, in the scratch unless it needs no change."""
-        stored = linear.tensors.get("weight")
-        if stored is not None and isinstance(linear.format, Plain) and stored.dtype == self.dtype:
-            return stored
-        size = linear.out_features * linear.in_features
-        device = next(iter(linear.tensors.values())).device
-        if self._scratch is None or self._scratch.numel() < size or self._scratch.device != device:
-            self._scratch = None
-            self._scratch = torch.empty(size, dtype=self.dtype, device=device)
-        weight = self._scratch[:size].view(linear.out_features, linear.in_features)
-        dequantize_into(weight, linear)
-        return weight
 
 
 def chunk_tokens(features: int) -> int:
