@@ -186,14 +186,12 @@ def lowmem(bundle: Bundle, plan: Plan) -> tuple[Encode, Any]:
 def workloads(bundle: Bundle, corpus: Path | None, most_tokens: int) -> dict[str, list[Row]]:
     """The rows of each workload, none with more tokens than given, but for a corpus."""
     checkpoint = Checkpoint(bundle.directory("fp16"))
-    path, contract = checkpoint.directory / "tokenizer.json", bundle.contract
-    tokenizer = Tokenizer(path, contract, checkpoint.config.vocab_size)
+    path = checkpoint.directory / "tokenizer.json"
+    tokenizer = Tokenizer(path, bundle.contract, checkpoint.config.vocab_size)
 
     def within(rows: Sequence[Row]) -> list[Row]:
-        prompts = [contract.prompt(row.input_type, row.task) for row in rows]
         taken, tokens = [], 0
-        encoded = tokenizer.encode([row.text for row in rows], prompts, truncate=True)
-        for row, text in zip(rows, encoded, strict=True):
+        for row, text in zip(rows, tokenizer.encode_rows(rows), strict=True):
             if tokens + len(text.input_ids) <= most_tokens:
                 taken.append(row)
                 tokens += len(text.input_ids)

@@ -211,10 +211,10 @@ def _calibration(
         return None
     folder = workspace.partial / next(iter(calibrated))
     tokenizer = Tokenizer(folder / "tokenizer.json", contract, config.vocab_size)
-    prompts = [contract.prompt(row.input_type, row.task) for row in rows]
-    texts = tokenizer.encode([row.text for row in rows], prompts, truncate=True)
     embedding = read_tensor(source, EMBEDDING, dtype)
-    return Calibration(texts, config, contract, embedding, calibrated, workspace.partial)
+    return Calibration(
+        tokenizer.encode_rows(rows), config, contract, embedding, calibrated, workspace.partial
+    )
 
 
 def _needed_bytes(jobs: Sequence[Job], source: Source, bundle: Path, copy: bool) -> int:

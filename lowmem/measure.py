@@ -233,8 +233,7 @@ def _run_job(job: dict[str, Any]) -> Record:
     start = time.perf_counter()
     runner = Runner(Bundle(Path(job["bundle"])), plan)
     load_seconds = time.perf_counter() - start
-    prompts = [runner.contract.prompt(row.input_type, row.task) for row in rows]
-    texts = runner.tokenizer.encode([row.text for row in rows], prompts, truncate=True)
+    texts = runner.tokenizer.encode_rows(rows)
     normalize = runner.contract.normalize_embeddings
     if job["warm_up"]:
         shortest = sorted(texts, key=lambda text: len(text.input_ids))[:4]

@@ -199,8 +199,7 @@ def want(
 
 def lengths(bundle: Bundle, rows: Sequence[Row]) -> tuple[tuple[int, ...], int]:
     """Tokens of each text as it will be embedded, and how many are cut for that."""
-    prompts = [bundle.contract.prompt(row.input_type, row.task) for row in rows]
-    encoded = open_tokenizer(bundle).encode([row.text for row in rows], prompts, truncate=True)
+    encoded = open_tokenizer(bundle).encode_rows(rows)
     return (
         tuple(len(text.input_ids) for text in encoded),
         sum(text.cut_tokens > 0 for text in encoded),

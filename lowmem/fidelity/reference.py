@@ -27,7 +27,6 @@ from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
 from lowmem.fidelity.parts import Parts
 from lowmem.measure import Record
-from lowmem.text.batching import EncodedText
 
 Vectors = NDArray[np.float32]
 FORMAT = 1
@@ -114,7 +113,7 @@ def compute(
         InputError: The bundle has no ``fp16``.
     """
     runner = Runner(bundle, plan(threads))
-    encoded = _encode(runner, rows)
+    encoded = runner.tokenizer.encode_rows(rows)
     tokens = tuple(len(text.input_ids) for text in encoded)
     truncated = sum(text.cut_tokens > 0 for text in encoded)
     normalize = runner.contract.normalize_embeddings
@@ -123,7 +122,7 @@ def compute(
     else:
 
         def run(some: Sequence[Row]) -> tuple[Vectors, Record]:
-            texts = _encode(runner, some)
+            texts = runner.tokenizer.encode_rows(some)
             start = time.perf_counter()
             found = runner.embed(texts, normalize=normalize)
             seconds = time.perf_counter() - start
@@ -260,11 +259,6 @@ def _reference(
 ) -> Reference:
     digest = hashlib.sha256(npy_bytes(vectors)).hexdigest()
     return Reference(name, tuple(rows), tokens, truncated, vectors, digest)
-
-
-def _encode(runner: Runner, rows: Sequence[Row]) -> list[EncodedText]:
-    prompts = [runner.contract.prompt(row.input_type, row.task) for row in rows]
-    return runner.tokenizer.encode([row.text for row in rows], prompts, truncate=True)
 
 
 def _identity(bundle: Bundle, rows: Sequence[Row]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer as PieceTokenizer
 
 from lowmem.artifact.contract import Contract
+from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
 from lowmem.text.batching import EncodedText, Ids
 
@@ -120,6 +121,15 @@ class Tokenizer:
                 f"included: {_named(too_long)}; shorten them, or ask for truncation"
             )
         return encoded
+
+    def encode_rows(self, rows: Sequence[Row]) -> list[EncodedText]:
+        """Rows with the contract's prompts before them; those over the limit are cut.
+
+        Raises:
+            InputError: As ``encode``, or the contract has no such prompt.
+        """
+        prompts = [self._contract.prompt(row.input_type, row.task) for row in rows]
+        return self.encode([row.text for row in rows], prompts, truncate=True)
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of bare texts, without prompt, special tokens or limit."""
