@@ -59,3 +59,12 @@ def _plain_lines(what: str, total: int) -> Callable[[int], None]:
             sys.stderr.write(f"{what}: {done} of {total}\n")
 
     return advance
+
+
+def duration_text(seconds: float) -> str:
+    """A length of time for people, at least a second."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

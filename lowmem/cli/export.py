@@ -21,7 +21,7 @@ from lowmem.artifact.variants import VARIANTS, check_variants
 from lowmem.cli.options import size_text
 from lowmem.data import Row
 from lowmem.errors import InputError, missing_extra
-from lowmem.progress import bar
+from lowmem.progress import bar, duration_text
 from lowmem.text.files import read_rows
 
 BUILT_IN = "built-in"
@@ -191,7 +191,7 @@ class _Progress:
             self._what, self._first, self._start = what, done, now
         finished = done - self._first
         left = (now - self._start) / finished * (total - done) if finished else None
-        about = "" if left is None else f", about {_duration(left)} left"
+        about = "" if left is None else f", about {duration_text(left)} left"
         if sys.stderr.isatty():
             line = f"{what}: {done} of {total}{about}"
             sys.stderr.write(f"\r\033[K{line}" if done < total - 1 else "\r\033[K")
@@ -201,12 +201,6 @@ class _Progress:
         elif finished == 1 and left is not None and left > _SECONDS_WORTH_A_LINE:
             sys.stderr.write(f"{what}{about}\n")
         sys.stderr.flush()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _write_reference(bundle: Bundle, texts: str) -> None:

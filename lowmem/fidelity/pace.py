@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lowmem.compute.plan import Plan
+from lowmem.progress import duration_text
 
 
 class Pace:
@@ -51,12 +52,4 @@ class Pace:
         seconds = self._reference_seconds + factor * sum(known)
         unknown = len(self._all) - len(known)
         more = f" and {unknown} plan{'s' if unknown > 1 else ''} not timed yet" if unknown else ""
-        return f"about {_duration(seconds)}{more}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+        return f"about {duration_text(seconds)}{more}"
