@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from random_checkpoint import SHAPES, write_checkpoint
-from record import RESULTS, head
+from record import head, write
 
 from lowmem import hardware
 from lowmem.artifact.manifest import Bundle
@@ -93,9 +93,7 @@ def main() -> None:
         "export": export_peak(directory),
         "embed": embed_peaks(directory / "bundle", directory, variant="int4", device="cpu"),
     }
-    path = RESULTS / "memory-2b.json"
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    sys.stdout.write(path.read_text())
+    sys.stdout.write(write(record).read_text())
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ read from disks is in the record ``benchmarks/results/streaming-2b.json``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from memory import export_peak, read_bytes_of_children
-from record import RESULTS, head
+from record import head, write
 from seven_billion import texts
 
 from lowmem import hardware
@@ -80,10 +79,7 @@ def main() -> None:
     if not (directory / "bundle").exists():
         directory.mkdir(parents=True, exist_ok=True)
         export_peak(directory)
-    path = RESULTS / "streaming-2b.json"
-    record = {**about, **compare(directory / "bundle")}
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    print(path.read_text())
+    print(write({**about, **compare(directory / "bundle")}).read_text())
 
 
 if __name__ == "__main__":
