@@ -86,7 +86,7 @@ class OnnxEngine:
             self._session = open_session(onnxruntime, path, checkpoint, threads)
         except BackendError:
             raise
-        except Exception as error:
+        except Exception as error:  # all that the errors of onnxruntime have in common
             if _is_out_of_memory(error):
                 raise CapacityError(
                     f"the weights of {directory.name} do not fit the memory of {device}: "
@@ -131,7 +131,7 @@ class OnnxEngine:
         try:
             (vectors[texts],) = self._session.run(None, feeds, self._run_options)
             return
-        except Exception as error:
+        except Exception as error:  # all that the errors of onnxruntime have in common
             if not _is_out_of_memory(error):
                 raise BackendError(f"onnxruntime failed: {_line(error)}") from error
             if len(texts) == 1:
