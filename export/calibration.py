@@ -190,7 +190,7 @@ class Calibration:
                 parts = pack(form, values[rows], scales[rows])
                 stored[linear] = LinearWeights(form, out_features, in_features, parts)
                 tensors.update({f"{linear}.{suffix}": raw for suffix, raw in parts.items()})
-            return _stacked(stored, stage)
+            return stacked(stored, stage)
 
         states.advance(folded.norms, weigh, rounded)
         return tensors
@@ -222,7 +222,7 @@ class Calibration:
         norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
         rounded = rounded_linears({name: linear.format for name, linear in layer.linears.items()})
         self._variants[name].advance(
-            norms, lambda stage, inputs: _stacked(layer.linears, stage), rounded
+            norms, lambda stage, inputs: stacked(layer.linears, stage), rounded
         )
 
 
@@ -295,7 +295,7 @@ def _fastest_dtype() -> torch.dtype:
     return torch.bfloat16 if probe().has_native_bf16 else torch.float32
 
 
-def _stacked(linears: Mapping[str, LinearWeights], stage: Stage) -> Tensor:
+def stacked(linears: Mapping[str, LinearWeights], stage: Stage) -> Tensor:
     """The weights of a stage as engines see them, float32, one above the other."""
     loaded = [Linear.load(linears[name], to_torch) for name in stage]
     rows = [linear.out_features for linear in loaded]

@@ -25,6 +25,7 @@ from lowmem.compute.attention import Spans, attend
 from lowmem.compute.decoder import Rotation, rms_norm
 from lowmem.compute.operations.plain import round_rows
 from lowmem.compute.operations.products import reproducible_product
+from lowmem.compute.pooling import mean_pool
 from lowmem.text.batching import EncodedText, pack
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -35,6 +36,7 @@ DOWN = ("mlp.down_proj",)
 BEFORE_ATTENTION, BEFORE_MLP = NORMS
 
 Stage = tuple[str, ...]
+STAGES: tuple[Stage, ...] = (ATTENTION, OUTPUT, MLP, DOWN)
 Inputs = Callable[[], Iterator[tuple[slice, Tensor]]]
 """Gives rows among all tokens, and what a stage multiplies there, ``[rows, in_features]``."""
 Weigh = Callable[[Stage, Inputs], Tensor]
@@ -50,6 +52,8 @@ class _Batch:
     rows: slice
     rotation: Rotation
     spans: Spans
+    lengths: list[int]
+    pooling_mask: Tensor  # bool [tokens]
 
 
 class Texts:
@@ -85,6 +89,8 @@ class Texts:
                     slice(self.tokens, self.tokens + batch.tokens),
                     Rotation.at(positions, config.rope_theta, config.head_dim),
                     Spans.of(lengths, 0, contract.is_causal, "cpu"),
+                    lengths,
+                    torch.from_numpy(batch.pooling_mask),
                 )
             )
             self._ids.append(batch.input_ids)
@@ -138,6 +144,28 @@ class HiddenStates:
         """Starts before the first layer."""
         self.hidden = texts.embedded(embedding)
         self.texts = texts
+
+    def copy(self) -> HiddenStates:
+        """The same states, to go another way from here."""
+        other = copy(self)
+        other.hidden = self.texts.scratch(self.texts.config.hidden_size)
+        other.hidden.copy_(self.hidden)
+        return other
+
+    def pooled(self, norm: Tensor) -> Tensor:
+        """One vector a text, the mean of its pooled tokens, float32 ``[texts, hidden_size]``.
+
+        Args:
+            norm: Weight of the norm behind the last layer.
+        """
+        return torch.cat(
+            [
+                mean_pool(states, batch.pooling_mask, batch.lengths)
+                for batch, states in zip(
+                    self.texts.batches, self.texts.normed(self.hidden, norm), strict=True
+                )
+            ]
+        )
 
     def advance(
         self, norms: Mapping[str, Tensor], weigh: Weigh, rounded: frozenset[str] = frozenset()

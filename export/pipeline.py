@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from export import licences
+from export.allocation import mixed_formats
 from export.calibration import Calibration
 from export.graph import write_graphs
 from export.groups import read_tensor, write_groups
@@ -30,10 +31,11 @@ from lowmem.artifact.config import ModelConfig, config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format, quantization_config
 from lowmem.artifact.manifest import Bundle, FileEntry, Manifest, Variant, file_sha256
+from lowmem.artifact.stock_files import TOKENIZER
 from lowmem.artifact.stock_files import check as check_stock_files
 from lowmem.artifact.stock_files import render as render_stock_files
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE
-from lowmem.artifact.variants import DTYPE_NAMES, formats_for, recipe_for
+from lowmem.artifact.variants import DTYPE_NAMES, budget_of, formats_for, recipe_for
 from lowmem.artifact.weights import EMBEDDING, Checkpoint, latent_shapes
 from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
@@ -111,14 +113,31 @@ def export(
             )
         if not variants:
             raise InputError("variants must name at least one variant")
+        tokenizer_files = source.tokenizer_files()
+        stock = render_stock_files(config, contract, tokenizer_files)
         jobs = []
         steered_by = data.sha256(calibration) if calibration else None
         for name in dict.fromkeys(variants):
-            formats = formats_for(name, config, dtype)
             recipe = recipe_for(name, dtype, steered_by)
             if old is not None and name in old.variants and not force:
                 _check_existing(bundle, old, name, recipe, onnx)
                 continue
+            budget = budget_of(name)
+            if budget is None:
+                formats = formats_for(name, config, dtype)
+            elif not calibration:
+                raise InputError(f"{name} needs calibration texts: they decide where its bits go")
+            else:
+                formats = mixed_formats(
+                    budget,
+                    source,
+                    contract,
+                    dtype,
+                    calibration,
+                    stock[TOKENIZER],
+                    _existing(bundle),
+                    progress,
+                )
             linked = name == "fp16" and source.shards is not None
             layout = None if linked else lay_out(config, dtype, formats)
             jobs.append(Job(name, recipe, formats, layout))
@@ -126,8 +145,6 @@ def export(
             workspace.clear()
             return old
 
-        tokenizer_files = source.tokenizer_files()
-        stock = render_stock_files(config, contract, tokenizer_files)
         if problem := disagreement(tokenizer_files, contract):
             logger.warning(
                 "%s: %s; the bundle follows its contract, and so do the tokenizers in it",
@@ -185,7 +202,7 @@ def _check_existing(
 ) -> None:
     there = old.variants[name]
     made_alike = there.recipe == recipe
-    if not made_alike or (onnx and not there.graphs and name in ("fp16", "int8", "int4")):
+    if not made_alike or (onnx and not there.graphs and not name.startswith("bnb-")):
         raise InputError(
             f"{bundle} already has a variant {name} that was made otherwise: --force replaces it"
         )
@@ -217,11 +234,16 @@ def _calibration(
     )
 
 
+def _existing(bundle: Path) -> Path:
+    """The bundle's directory, or the nearest above it that is there."""
+    return next(folder for folder in (bundle, *bundle.absolute().parents) if folder.is_dir())
+
+
 def _needed_bytes(jobs: Sequence[Job], source: Source, bundle: Path, copy: bool) -> int:
     needed = 0
     latents = source.config.latent_attention
     folded = 0 if latents is None else latents.folded_bytes(source.config.hidden_size)
-    place = next(folder for folder in (bundle, *bundle.absolute().parents) if folder.is_dir())
+    place = _existing(bundle)
     for job in jobs:
         needed += _SMALL_FILES_BYTES + folded
         if job.layout is not None:

@@ -17,7 +17,7 @@ from lowmem import data, hub
 from lowmem.artifact.contract import Contract, read_contract
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.models import known_models
-from lowmem.artifact.variants import VARIANTS, check_variants
+from lowmem.artifact.variants import VARIANTS, budgeted, check_variants
 from lowmem.cli.options import size_text
 from lowmem.data import Row
 from lowmem.errors import InputError, missing_extra
@@ -41,6 +41,13 @@ def export(
     variants: Annotated[
         str, typer.Option(help="Names with commas between, of those in the default.")
     ] = ",".join(VARIANTS),
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            metavar="B",
+            help="Write int4-B for int4: bits per weight on average, in a mixture of 4 and 8.",
+        ),
+    ] = None,
     calibration: Annotated[
         str,
         typer.Option(
@@ -79,6 +86,10 @@ def export(
         )
     names = [name.strip() for name in variants.split(",") if name.strip()]
     check_variants(names)
+    if bits is not None:
+        if "int4" not in names:
+            raise InputError("--bits needs int4 among the variants")
+        names = [budgeted(bits) if name == "int4" else name for name in names]
     from export.pipeline import export as run
     from export.sources import open_source
 
