@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from lowmem.artifact.verdict import FLOORS
 from lowmem.compute.plan import Plan
 from lowmem.planner.candidates import Wishes
-from lowmem.planner.choice import _best_tier, _explain
+from lowmem.planner.choice import _best_of, _best_tier, _explain
+from tests.models import CONTRACT
 
 FLOOR = FLOORS["standard"]
 
@@ -44,6 +47,16 @@ def test_a_failing_plan_runs_when_its_variant_is_asked_for():
 
 def test_a_dropped_plan_is_never_chosen():
     assert _best_tier([plan(dropped="does not fit")], Wishes()) == ([], "none")
+
+
+def test_of_plans_that_timing_cannot_tell_apart_one_that_keeps_prefixes_is_chosen():
+    keeps, other = plan("int8", "int8", speed=950), plan("int8", "int8", speed=1000)
+    other = other.with_(engine="onnxruntime")
+    assert _best_of([keeps, other], CONTRACT) == keeps
+    slower = keeps.with_(tokens_per_second=850)
+    assert _best_of([slower, other], CONTRACT) == other
+    bidirectional = replace(CONTRACT, is_causal=False)
+    assert _best_of([keeps, other], bidirectional) == other
 
 
 @pytest.mark.parametrize(
