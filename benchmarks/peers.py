@@ -1,4 +1,4 @@
-"""lowmem beside sentence-transformers on this CPU: ``python benchmarks/peers.py BUNDLE``.
+"""lowmem beside sentence-transformers and llama.cpp on this CPU: ``benchmarks/peers.py BUNDLE``.
 
 Every engine stays in a process of its own, and they take turns at each workload: seven rounds, of
 which medians are compared, since a shared machine is faster at one moment than at the next. What is
@@ -7,7 +7,9 @@ and must make the same token ids of them.
 
 * ``sentence-transformers``: float32, batches of 16, its own sorting, over the bundle's ``fp16/``;
 * ``fp32``: the plan of that variant on torch in float32;
-* ``auto``: what the planner chooses at the floor ``strict``.
+* ``auto``: what the planner chooses at the floor ``strict``;
+* ``llama.cpp F16`` and ``llama.cpp Q8_0``, where llama-cpp-python is installed: what its quantizer
+  makes of the demo's GGUF file, given the token ids, since its own tokenizer makes others.
 
 Workloads are those of ``lowmem/data/workloads.jsonl``; ``mixed`` is some of each, or the texts of
 ``--corpus`` (a ``.jsonl`` with ``text``). Writes the record ``benchmarks/results/peers-cpu.json``;
@@ -17,35 +19,27 @@ with ``--quick`` it takes less text, three rounds, and writes nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import record
-from numpy.typing import NDArray
+from engines import PEER, Engine, Vectors, llama_files, tokenizer_of
 
-from lowmem import data, hardware
+from lowmem import data
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import FLOORS
 from lowmem.artifact.weights import Checkpoint
-from lowmem.compute.engine import Runner
-from lowmem.compute.plan import Plan
 from lowmem.data import Row
-from lowmem.measure import MemoryPeak, measure_ceiling, package_versions
+from lowmem.measure import measure_ceiling, package_versions
 from lowmem.planner.candidates import Wishes
 from lowmem.planner.choice import choose
 from lowmem.text.files import read_rows
-from lowmem.text.tokenizer import Tokenizer
 
-PEER = "sentence-transformers"
 KINDS = ("short", "mid", "long", "instructed")
 ROUNDS, QUICK_ROUNDS = 7, 3
 TOKENS, QUICK_TOKENS = 6000, 800
@@ -53,141 +47,10 @@ CORPUS_TEXTS = 2000
 # A corpus takes minutes, in which the moments of a machine even out.
 LONG_RUN_TOKENS = 20_000
 
-Vectors = NDArray[np.float32]
-Encode = Callable[[list[str], list[str]], Vectors]
-"""Texts and the prompt before each to unit vectors, ``[texts, hidden_size]``."""
-
-
-class Engine:
-    """One engine in a process of its own.
-
-    Attributes:
-        name: What it is called in the record.
-        peak: Its memory, sampled as long as it lives.
-    """
-
-    def __init__(self, name: str, plan: Plan | None, bundle: Path, folder: Path) -> None:
-        """Starts the process and waits until the model is loaded.
-
-        Raises:
-            SystemExit: It did not start.
-        """
-        self.name = name
-        self._vectors = folder / f"{name}.npy"
-        job = {"bundle": str(bundle), "plan": None if plan is None else asdict(plan)}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--engine", json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.peak = MemoryPeak(self._process.pid)
-        self.peak.__enter__()
-        self._answer()
-
-    def run(self, rows: Sequence[Row], prompts: Sequence[str]) -> tuple[float, Vectors]:
-        """Seconds for all texts, and their vectors."""
-        job = {"texts": [row.text for row in rows], "prompts": list(prompts)}
-        answer = self._ask({**job, "vectors": str(self._vectors)})
-        return float(answer["seconds"]), np.load(self._vectors)
-
-    def ids(self, rows: Sequence[Row], prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included."""
-        job = {"texts": [row.text for row in rows], "prompts": list(prompts)}
-        ids: list[list[int]] = self._ask(job)["ids"]
-        return ids
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.peak.__exit__()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended with status {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
-def serve(job: dict[str, Any]) -> None:
-    """The engine's side: one JSON object a line in, one a line out."""
-    bundle = Bundle(Path(job["bundle"]))
-    threads = hardware.probe().cpu_threads
-    if job["plan"] is None:
-        encode, tokenize = sentence_transformers(bundle.directory("fp16"), threads)
-    else:
-        encode, tokenize = lowmem(bundle, Plan(**job["plan"]))
-    encode(["warm"], [""])
-    answer(ready=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        texts, prompts = asked["texts"], asked["prompts"]
-        if "vectors" not in asked:
-            answer(ids=tokenize(texts, prompts))
-            continue
-        start = time.perf_counter()
-        vectors = encode(texts, prompts)
-        seconds = time.perf_counter() - start
-        np.save(asked["vectors"], vectors)
-        answer(seconds=seconds)
-
-
-def answer(**values: Any) -> None:
-    """Sends one line to the parent."""
-    sys.stdout.write(json.dumps(values) + "\n")
-    sys.stdout.flush()
-
-
-def sentence_transformers(directory: Path, threads: int) -> tuple[Encode, Any]:
-    """The peer, as its documentation loads a model."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    torch.set_num_threads(threads)
-    model = SentenceTransformer(str(directory), device="cpu", model_kwargs={"dtype": torch.float32})
-
-    def encode(texts: list[str], prompts: list[str]) -> Vectors:
-        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        vectors: Vectors = model.encode(whole, batch_size=16, show_progress_bar=False)
-        return vectors
-
-    def tokenize(texts: list[str], prompts: list[str]) -> list[list[int]]:
-        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        return [model.tokenize([text])["input_ids"][0].tolist() for text in whole]
-
-    return encode, tokenize
-
-
-def lowmem(bundle: Bundle, plan: Plan) -> tuple[Encode, Any]:
-    """A plan, tokenization included."""
-    runner = Runner(bundle, plan)
-
-    def encode(texts: list[str], prompts: list[str]) -> Vectors:
-        encoded = runner.tokenizer.encode(texts, prompts, truncate=True)
-        return runner.embed(encoded, normalize=True)
-
-    def tokenize(texts: list[str], prompts: list[str]) -> list[list[int]]:
-        encoded = runner.tokenizer.encode(texts, prompts, truncate=True)
-        return [text.input_ids.tolist() for text in encoded]
-
-    return encode, tokenize
-
 
 def workloads(bundle: Bundle, corpus: Path | None, most_tokens: int) -> dict[str, list[Row]]:
     """The rows of each workload, none with more tokens than given, but for a corpus."""
-    checkpoint = Checkpoint(bundle.directory("fp16"))
-    path = checkpoint.directory / "tokenizer.json"
-    tokenizer = Tokenizer(path, bundle.contract, checkpoint.config.vocab_size)
+    tokenizer = tokenizer_of(bundle)
 
     def within(rows: Sequence[Row]) -> list[Row]:
         taken, tokens = [], 0
@@ -269,20 +132,14 @@ def table(compared: dict[str, dict[str, Any]], ceilings: dict[str, float]) -> st
 def main() -> None:
     """Runs everything, prints the table and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bundle", type=Path, nargs="?", help="a bundle with fp16 and reports")
+    parser.add_argument("bundle", type=Path, help="a bundle with fp16 and reports")
     parser.add_argument(
         "--corpus", type=Path, help="a .jsonl of which 2000 texts are the mixed ones"
     )
     parser.add_argument(
         "--quick", action="store_true", help="less text and fewer rounds, no record"
     )
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.engine is not None:
-        serve(json.loads(arguments.engine))
-        return
-    if arguments.bundle is None:
-        parser.error("the bundle's directory is missing")
     about = None if arguments.quick else record.head("peers-cpu", "make bench")
     bundle = Bundle(arguments.bundle)
     chosen = choose(bundle, wishes=Wishes(device="cpu"), floor=FLOORS["strict"])
@@ -295,11 +152,15 @@ def main() -> None:
     rates = {
         name: measure_ceiling(bundle.path, plan) for name, plan in plans.items() if plan is not None
     }
-    ceilings = {PEER: rates["fp32"], **rates}
-    rounds, tokens = (QUICK_ROUNDS, QUICK_TOKENS) if arguments.quick else (ROUNDS, TOKENS)
-    found = workloads(bundle, arguments.corpus, tokens)
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        files = llama_files(Path(folder))
+        ceilings = dict.fromkeys((PEER, *files), rates["fp32"]) | rates
+        rounds, tokens = (QUICK_ROUNDS, QUICK_TOKENS) if arguments.quick else (ROUNDS, TOKENS)
+        found = workloads(bundle, arguments.corpus, tokens)
         engines = [Engine(name, plan, bundle.path, Path(folder)) for name, plan in plans.items()]
+        engines += [
+            Engine(name, None, bundle.path, Path(folder), file) for name, file in files.items()
+        ]
         compared = {}
         for kind, rows in found.items():
             print(f"{kind}: {len(rows)} texts", file=sys.stderr, flush=True)
@@ -310,7 +171,8 @@ def main() -> None:
     if about is not None:
         from importlib.metadata import version
 
-        versions = {name: version(name) for name in (PEER, "transformers")}
+        peers = [PEER, "transformers", *(["llama-cpp-python"] if files else [])]
+        versions = {name: version(name) for name in peers}
         record.write(
             {
                 **about,

@@ -1,7 +1,7 @@
-"""Tables of the README from committed records: ``python benchmarks/tables.py [--check]``.
+"""Tables of the README files from committed records: ``python benchmarks/tables.py [--check]``.
 
 Each table stands between ``<!-- table NAME -->`` and ``<!-- end -->`` and is made from
-``benchmarks/results/NAME.json``; ``--check`` fails where the README and the record differ.
+``benchmarks/results/NAME.json``; ``--check`` fails where a README and the record differ.
 """
 
 from __future__ import annotations
@@ -44,28 +44,71 @@ def plans_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"demo": plans_table}
+def quantizers_table(record: dict[str, Any]) -> str:
+    """One row per step of our quantizers, then one per type of llama.cpp's."""
+    lines = ["| | bits | mean | p5 | min | seconds |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for one in (*record["steps"].values(), *record["llama_cpp"].values()):
+        cosine = one["cosine"]
+        seconds = f"{one['seconds']:.0f}" if "seconds" in one else ""
+        title = f"`{one['variant']}`: {one['about']}" if "variant" in one else one["about"]
+        lines.append(
+            f"| {title} | {one['bits']:.2f} | {cosine['mean']:.4f} | {cosine['p5']:.4f} "
+            f"| {cosine['min']:.4f} | {seconds} |"
+        )
+    texts = record["texts"]
+    return "\n".join([*lines, "", f"{texts['count']} texts ({texts['name']}). {_source(record)}"])
+
+
+def peers_table(record: dict[str, Any]) -> str:
+    """One row per workload: tokens/s of each engine, and how many times the first's that is."""
+    workloads = record["workloads"]
+    peer, *ours = next(iter(workloads.values()))["ratio"]
+    titles = [f"`{record['plans'].get(name, name)}`" for name in ours]
+    lines = [
+        f"| texts | tokens | {peer} | {' | '.join(titles)} |",
+        "| --- | ---: | ---: |" + " ---: |" * len(ours),
+    ]
+    for name, one in workloads.items():
+        speeds = one["tokens_per_second"]
+        cells = [f"{speeds[other]:.0f} (× {one['ratio'][other]:.1f})" for other in ours]
+        lines.append(
+            f"| {name} ({one['texts']}) | {one['tokens']} | {speeds[peer]:.0f} "
+            f"| {' | '.join(cells)} |"
+        )
+    return "\n".join([*lines, "", f"Tokens per second. {_source(record)}"])
+
+
+def _source(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    return (
+        f"{record['model']} on {machine['cpu_name']}, {machine['cpu_threads']} threads. Record: "
+        f"`benchmarks/results/{record['name']}.json`, commit {record['commit'][:10]}."
+    )
+
+
+TABLES = {"demo": plans_table, "quantizers": quantizers_table, "peers-cpu": peers_table}
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
 def fill(text: str) -> str:
     """Replaces every table of a document."""
     for name, table in TABLES.items():
-        record = json.loads((RESULTS / f"{name}.json").read_text())
         begin, end = f"<!-- table {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(begin)
         if found:
+            record = json.loads((RESULTS / f"{name}.json").read_text())
             text = before + begin + table(record) + "\n" + end + rest.partition(end)[2]
     return text
 
 
 def main() -> int:
-    """Fills the README's tables, or checks them."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    filled = fill(text)
+    """Fills the tables of all documents, or checks them."""
+    texts = {path: path.read_text() for path in DOCUMENTS}
+    filled = {path: fill(text) for path, text in texts.items()}
     if "--check" in sys.argv[1:]:
-        return int(filled != text)
-    readme.write_text(filled)
+        return int(filled != texts)
+    for path, text in filled.items():
+        path.write_text(text)
     return 0
 
 

@@ -2,14 +2,13 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.variants import VARIANTS, formats_for
 from lowmem.errors import BackendError, InputError
 from lowmem.hardware import Gpu, Hardware
 from lowmem.planner.candidates import Subject, Wishes, candidates
+from tests.shapes import SEVEN_B
 
 GIB = 2**30
-SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
 SUBJECT = Subject(
     SEVEN_B,
     4096,

@@ -2,15 +2,14 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.variants import VARIANTS, formats_for
 from lowmem.compute.operations import cuda
 from lowmem.compute.plan import COMPUTES, Plan
 from lowmem.planner import estimate
 from lowmem.planner.cards import find
 from lowmem.planner.estimate import tokens_per_second
+from tests.shapes import SEVEN_B
 
-SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
 WINDOWS = {"resident": 4096, "streamed": 16384}
 CARDS = ["GTX 1650", "RTX 2060 6GB", "RTX 3060", "RTX 4090", "RTX 5060 Ti 16GB", "T4"]
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.variants import VARIANTS, formats_for
 from lowmem.artifact.verdict import FLOORS
 from lowmem.hardware import Gpu, Hardware
@@ -13,9 +12,9 @@ from lowmem.planner import choice, window
 from lowmem.planner.candidates import Subject, Wishes
 from lowmem.planner.cards import DEVICE_RESERVE_BYTES, cards, describe
 from lowmem.planner.choice import foresee
+from tests.shapes import SEVEN_B
 
 GIB = 2**30
-SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
 FORMATS = {name: formats_for(name, SEVEN_B, "F16") for name in VARIANTS}
 SUBJECT = Subject(SEVEN_B, 4096, "F16", FORMATS, {"fp16": {"model_fp16.onnx": "fp16"}})
 HOST = Hardware("CPU", 8, ("avx2",), 32 * GIB, 28 * GIB)

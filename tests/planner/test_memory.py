@@ -2,15 +2,14 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import Int8Channel
 from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.artifact.variants import formats_for
 from lowmem.compute.plan import PREFIX_TOKENS, Plan
 from lowmem.planner import device_memory, memory
+from tests.shapes import SEVEN_B
 
 GIB = 2**30
-SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
 
 
 def predict(variant, device="cpu", compute="fp32", schedule="resident", engine="torch", **changes):

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from lowmem import cache
-from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.variants import formats_for
 from lowmem.artifact.verdict import FLOORS
@@ -19,9 +18,9 @@ from lowmem.planner.cards import describe
 from lowmem.planner.choice import foresee
 from lowmem.planner.timing import time_plans
 from tests.disk import cached_file, read_bytes
+from tests.shapes import SEVEN_B
 
 GIB = 2**30
-SEVEN_B = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 32768, 4096)
 FORMATS = {"fp16": formats_for("fp16", SEVEN_B, "F16")}
 SUBJECT = Subject(SEVEN_B, 4096, "F16", FORMATS, {"fp16": {}})
 HOST = Hardware("CPU", 8, ("avx2",), 32 * GIB, 28 * GIB)
