@@ -175,7 +175,6 @@ class Site:
         step.change()
         rows: Sequence[Row] = data.load("calibration")[:: step.texts] if step.texts else ()
         bundle = self.directory / "bundles" / name.replace(", ", "-").replace(" ", "-")
-        start = time.monotonic()
         run_export(
             open_source(smollm2()),
             bundle,
@@ -184,11 +183,10 @@ class Site:
             calibration=rows,
             onnx=False,
         )
-        seconds = time.monotonic() - start
         bits = Bundle(bundle).variant(step.variant).bits_per_weight["linears"]
         cosine = self._cosine(embed(bundle, step.variant, step.compute))
         about = {"about": step.about, "variant": step.variant, "compute": step.compute}
-        return about | {"bits": bits, "cosine": cosine, "seconds": round(seconds, 1)}
+        return about | {"bits": bits, "cosine": cosine}
 
     def measure_llama(self, name: str) -> Measured:
         """One of llama.cpp's types."""

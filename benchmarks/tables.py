@@ -46,14 +46,13 @@ def plans_table(record: dict[str, Any]) -> str:
 
 def quantizers_table(record: dict[str, Any]) -> str:
     """One row per step of our quantizers, then one per type of llama.cpp's."""
-    lines = ["| | bits | mean | p5 | min | seconds |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = ["| | bits | mean | p5 | min |", "| --- | ---: | ---: | ---: | ---: |"]
     for one in (*record["steps"].values(), *record["llama_cpp"].values()):
         cosine = one["cosine"]
-        seconds = f"{one['seconds']:.0f}" if "seconds" in one else ""
         title = f"`{one['variant']}`: {one['about']}" if "variant" in one else one["about"]
         lines.append(
             f"| {title} | {one['bits']:.2f} | {cosine['mean']:.4f} | {cosine['p5']:.4f} "
-            f"| {cosine['min']:.4f} | {seconds} |"
+            f"| {cosine['min']:.4f} |"
         )
     texts = record["texts"]
     return "\n".join([*lines, "", f"{texts['count']} texts ({texts['name']}). {_source(record)}"])
