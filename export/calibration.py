@@ -12,8 +12,8 @@ are gone through as they were stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,8 +31,9 @@ from export.hidden_states import (
     Stage,
     Texts,
 )
-from export.quantizers.gptq import Moments, quantize_outputs
+from export.quantizers.gptq import quantize_outputs
 from export.quantizers.grids import grid_of, pack
+from export.quantizers.moments import Moments, fastest_dtype, second_moments
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format, Int8Channel
@@ -41,7 +42,6 @@ from lowmem.artifact.weights import LayerWeights, LinearWeights
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear, to_torch
 from lowmem.errors import BundleError
-from lowmem.hardware import probe
 from lowmem.text.batching import EncodedText
 
 _SMALLEST_SQUARE = 1e-12
@@ -53,7 +53,13 @@ Formats = Mapping[str, Format]
 
 
 class Calibration:
-    """The calibration texts in front of a layer, in full precision and in each variant."""
+    """The calibration texts in front of a layer, in full precision and in each variant.
+
+    Attributes:
+        errors: Variant to module, ``layers.0.self_attn`` or ``layers.0.mlp``, to how far the
+            residual stream behind it is from the full-precision one, relative to each token's
+            length: the root of the mean square.
+    """
 
     def __init__(
         self,
@@ -77,6 +83,7 @@ class Calibration:
         Raises:
             CapacityError: The disk is full.
         """
+        self.errors: dict[str, dict[str, float]] = {name: {} for name in variants}
         self._texts = Texts(texts, config, contract, directory)
         self._full = HiddenStates(self._texts, embedding)
         self._before = self._texts.scratch(config.hidden_size)
@@ -155,7 +162,7 @@ class Calibration:
         Raises:
             BundleError: A scale does not fit its format.
         """
-        states, config = self._variants[name], self._texts.config
+        states, config, index = self._variants[name], self._texts.config, layer.index
         rounded = rounded_linears(formats)
         folded = layer.folded if rounded else layer
         assert folded is not None, "with_folds was not asked for"
@@ -171,12 +178,14 @@ class Calibration:
                     yield sums[rows] - states.hidden[rows]
 
         def weigh(stage: Stage, inputs: Inputs) -> Tensor:
+            if stage == MLP:
+                self._note_error(name, index, "self_attn", self._middle)
             weight = folded.weights(stage)
             form = formats[stage[0]]
             assert all(formats[linear] == form for linear in stage), stage
-            dtype = _fastest_dtype() if form.bits < 8 else torch.float32
+            dtype = fastest_dtype() if form.bits < 8 else torch.float32
             weights = self._token_weights(states.texts)
-            seen, crossed = _moments(inputs, wanted(stage), weights, dtype)
+            seen, crossed = second_moments(inputs, wanted(stage), weights, dtype)
             moments = Moments(seen, weight @ crossed if stage in (ATTENTION, MLP) else crossed)
             try:
                 values, scales = quantize_outputs(weight, moments, grid_of(form, len(seen)))
@@ -193,6 +202,7 @@ class Calibration:
             return stacked(stored, stage)
 
         states.advance(folded.norms, weigh, rounded)
+        self._note_error(name, index, "mlp", self._full.hidden)
         return tensors
 
     def _normed(self, stage: Stage, norms: Mapping[str, Tensor], texts: Texts) -> Iterator[Tensor]:
@@ -221,15 +231,30 @@ class Calibration:
         """
         norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
         rounded = rounded_linears({name: linear.format for name, linear in layer.linears.items()})
-        self._variants[name].advance(
-            norms, lambda stage, inputs: stacked(layer.linears, stage), rounded
-        )
+
+        def weigh(stage: Stage, inputs: Inputs) -> Tensor:
+            if stage == MLP:
+                self._note_error(name, layer.index, "self_attn", self._middle)
+            return stacked(layer.linears, stage)
+
+        self._variants[name].advance(norms, weigh, rounded)
+        self._note_error(name, layer.index, "mlp", self._full.hidden)
+
+    def _note_error(self, name: str, index: int, module: str, exact: Tensor) -> None:
+        states, total = self._variants[name], 0.0
+        for rows in states.texts.rows:
+            lengths = exact[rows].square().sum(dim=-1).clamp_min_(_SMALLEST_SQUARE)
+            missed = (states.hidden[rows] - exact[rows]).square_().sum(dim=-1)
+            total += float((missed / lengths).sum())
+        tokens = sum(rows.stop - rows.start for rows in states.texts.rows)
+        self.errors[name][f"layers.{index}.{module}"] = math.sqrt(total / tokens)
 
 
 class FullLayer:
     """A layer in full precision.
 
     Attributes:
+        index: Position in the stack, from 0.
         norms: Weight of each norm, float32.
         stored_norms: The same as they are stored.
         folded: The same layer with inputs that lose less when they are rounded, if it was made.
@@ -237,6 +262,7 @@ class FullLayer:
 
     def __init__(self, layer: LayerWeights, folds: Folds | None = None) -> None:
         """Takes the source's linears, and norms that go with the folds."""
+        self.index = layer.index
         self.stored_norms: Mapping[str, RawTensor] = layer.norms
         self.norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
         self.folded: FullLayer | None = None
@@ -259,40 +285,6 @@ def rounded_linears(formats: Formats) -> frozenset[str]:
         for linear, form in formats.items()
         if isinstance(form, Int8Channel) and form.rounds_activations
     )
-
-
-def _moments(
-    inputs: Inputs, wanted: Iterator[Tensor], weights: Iterator[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Weighted sums over all tokens: x xᵀ of the inputs, and t xᵀ with what is wanted.
-
-    Products are taken in ``dtype``, sums in float32.
-    """
-    seen = crossed = None
-    for (_, states), targets, weight in zip(inputs(), wanted, weights, strict=True):
-        if seen is None or crossed is None:
-            seen = states.new_zeros(states.shape[1], states.shape[1])
-            crossed = states.new_zeros(targets.shape[1], states.shape[1])
-        root = weight.sqrt()
-        states, targets = (states * root).to(dtype), (targets * root).to(dtype)
-        if dtype == torch.float32:
-            seen.addmm_(states.T, states)
-            crossed.addmm_(targets.T, states)
-        else:
-            seen += states.T @ states
-            crossed += targets.T @ states
-    assert seen is not None, "no texts"
-    assert crossed is not None
-    return seen, crossed
-
-
-@cache
-def _fastest_dtype() -> torch.dtype:
-    """bfloat16 where the processor has it, at twice the speed.
-
-    What it loses is far below what 4 bits lose, and not below what 8 bits do.
-    """
-    return torch.bfloat16 if probe().has_native_bf16 else torch.float32
 
 
 def stacked(linears: Mapping[str, LinearWeights], stage: Stage) -> Tensor:

@@ -6,7 +6,6 @@ Memory holds one tensor of the source at a time, one layer where texts steer the
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,28 +14,23 @@ from typing import Any
 from export import licences
 from export.allocation import mixed_formats
 from export.calibration import Calibration
-from export.graph import write_graphs
 from export.groups import read_tensor, write_groups
-from export.identity import SourceIdentity, changed
+from export.identity import SourceIdentity
 from export.job import Job, kept_files, work_digest
-from export.journal import Finished
 from export.layout import lay_out
-from export.linking import link_or_copy, links
+from export.linking import links
 from export.sources import Source
 from export.special_tokens import disagreement
+from export.variant_files import check_linked, finish, link_shards, write_small_files
 from export.workspace import Workspace
 from lowmem import data
-from lowmem.artifact import strict_json
-from lowmem.artifact.config import ModelConfig, config_json
+from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.formats import Format, quantization_config
-from lowmem.artifact.manifest import Bundle, FileEntry, Manifest, Variant, file_sha256
+from lowmem.artifact.manifest import Bundle, Manifest
 from lowmem.artifact.stock_files import TOKENIZER
-from lowmem.artifact.stock_files import check as check_stock_files
 from lowmem.artifact.stock_files import render as render_stock_files
-from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE
-from lowmem.artifact.variants import DTYPE_NAMES, budget_of, formats_for, recipe_for
-from lowmem.artifact.weights import EMBEDDING, Checkpoint, latent_shapes
+from lowmem.artifact.variants import budget_of, formats_for, recipe_for
+from lowmem.artifact.weights import EMBEDDING
 from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
 from lowmem.text.tokenizer import Tokenizer
@@ -160,19 +154,22 @@ def export(
             if not kept:
                 finished = {}
             for job in jobs:
-                _write_small_files(workspace.partial / job.name, job.formats, config, dtype, stock)
+                write_small_files(workspace.partial / job.name, job.formats, config, dtype, stock)
                 if job.layout is None:
-                    _link_shards(source, job, workspace, finished, copy)
+                    link_shards(source, job, workspace, finished, copy)
             steered = _calibration(source, config, contract, dtype, jobs, calibration, workspace)
             write_groups(source, identity, dtype, jobs, workspace, finished, progress, steered)
+            errors = steered.errors if steered is not None else {}
             del steered
             written = {}
             for done, job in enumerate(jobs):
                 progress("graphs, checks and hashes", done, len(jobs))
                 directory = workspace.partial / job.name
-                written[job.name] = _finish(directory, job, contract, onnx)
+                written[job.name] = finish(
+                    directory, job, contract, errors.get(job.name, {}), onnx=onnx
+                )
                 if job.layout is None:
-                    _check_linked(source, identity, written[job.name])
+                    check_linked(source, identity, written[job.name])
         except (BundleError, OSError):
             identity.check()  # a source that changed explains whatever else went wrong
             raise
@@ -253,69 +250,3 @@ def _needed_bytes(jobs: Sequence[Job], source: Source, bundle: Path, copy: bool)
                 if copy or not links(shard, place):
                     needed += shard.stat().st_size
     return needed
-
-
-def _write_small_files(
-    directory: Path,
-    formats: Mapping[str, Format],
-    config: ModelConfig,
-    dtype: str,
-    stock: Mapping[str, bytes],
-) -> None:
-    directory.mkdir(exist_ok=True)
-    value = config_json(config, DTYPE_NAMES[dtype])
-    quantization = quantization_config(formats)
-    if quantization is not None:
-        value["quantization_config"] = quantization
-    (directory / "config.json").write_text(strict_json.dumps(value))
-    for name, content in stock.items():
-        path = directory / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-
-
-def _link_shards(
-    source: Source, job: Job, workspace: Workspace, finished: Finished, copy: bool
-) -> None:
-    assert source.shards is not None
-    for shard in source.shards:
-        file = f"{job.name}/{shard.name}"
-        if file not in finished:
-            link_or_copy(shard, workspace.partial / file, copy=copy)
-            workspace.record(file, {file: {}})
-    if [shard.name for shard in source.shards] != [SINGLE_FILE]:
-        index = source.shards[0].parent / INDEX_FILE
-        (workspace.partial / job.name / INDEX_FILE).write_bytes(index.read_bytes())
-
-
-def _check_linked(source: Source, identity: SourceIdentity, variant: Variant) -> None:
-    for shard in source.shards or ():
-        if variant.files[shard.name].sha256 != identity.files[shard.name]:
-            raise changed(shard)
-
-
-def _finish(directory: Path, job: Job, contract: Contract, onnx: bool) -> Variant:
-    """Re-opens what was written, adds the graphs, and hashes all of it."""
-    checkpoint = Checkpoint(directory)
-    if dict(checkpoint.formats) != dict(job.formats):
-        raise BundleError(f"{job.name} does not read back in the formats it was written in")
-    check_stock_files(directory, checkpoint.config, contract)
-    graphs = write_graphs(directory, contract) if onnx else {}
-    files = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(directory).as_posix()
-            files[name] = FileEntry(path.stat().st_size, file_sha256(path))
-    return Variant(job.name, job.recipe, _bits(checkpoint), graphs, files)
-
-
-def _bits(checkpoint: Checkpoint) -> dict[str, float]:
-    config = checkpoint.config
-    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    linears = checkpoint.linear_bytes()
-    others = config.hidden_size * (config.vocab_size + 2 * config.num_hidden_layers + 1)
-    others += sum(map(math.prod, latent_shapes(config).values()))
-    return {
-        "linears": round(8 * linears / config.linear_weights, 4),
-        "model": round(8 * stored / (config.linear_weights + others), 4),
-    }

@@ -46,6 +46,7 @@ MANIFEST = Manifest(
             "int4",
             {"method": "data-free", "bits": 4},
             {"linears": 4.25, "model": 4.5},
+            {"layers.0.mlp": {"bits": 4.25, "error": 0.01}},
             {"model.onnx": "fp32"},
             {name: FileEntry(10, "b" * 64) for name in ("model.onnx", "1_Pooling/config.json")},
         )

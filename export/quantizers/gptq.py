@@ -12,29 +12,15 @@ that the order shows nowhere in the format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from export.quantizers.grids import Grid
+from export.quantizers.moments import Moments
 
 RIDGE = 0.05
 """Part of each input's own second moment that is added to it: how little the weight may move."""
 _BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums over the calibration tokens; x are a linear's inputs, t its wanted outputs.
-
-    Attributes:
-        inputs: x xᵀ, float32 ``[in_features, in_features]``.
-        targets: t xᵀ, float32 ``[out_features, in_features]``.
-    """
-
-    inputs: Tensor
-    targets: Tensor
 
 
 def quantize_outputs(weight: Tensor, moments: Moments, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from lowmem.errors import BundleError
 # Groups of few values gain from a scale that clips their largest; rows of 255 values do not.
 _CLIPPING = tuple(float(factor) for factor in np.linspace(1.0, 0.5, 16))
 _BLOCK_ELEMENTS = 2**20
+_FEW_VALUES = 2**15
 # What a group of zeros gets: a scale that is not zero, in any arithmetic.
 _SMALLEST_SCALES = {
     torch.float16: float(np.finfo(np.float16).smallest_subnormal),
@@ -137,6 +138,8 @@ def nf4_codes(values: Tensor) -> Tensor:
 
 def _normal_floats(values: Tensor) -> Tensor:
     book = torch.from_numpy(nf4_layout.CODE_BOOK)
+    if values.numel() > _FEW_VALUES:
+        return book[nf4_codes(values).int()]
     # A column at a time is too little for many passes: here the search is the faster one.
     return book[torch.bucketize(values, (book[1:] + book[:-1]) / 2)]
 

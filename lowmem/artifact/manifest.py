@@ -22,7 +22,7 @@ from lowmem.errors import BundleError, InputError
 MANIFEST = "lowmem.json"
 FORMAT = 1
 _KEYS = {"format", "source", "licence", "contract", "variants"}
-_VARIANT_KEYS = {"recipe", "bits_per_weight", "graphs", "files"}
+_VARIANT_KEYS = {"recipe", "bits_per_weight", "modules", "graphs", "files"}
 _BLOCK_BYTES = 2**20
 
 
@@ -42,6 +42,10 @@ class Variant:
         name: Its directory's name.
         recipe: How it was made; equal recipes from equal sources give equal bytes.
         bits_per_weight: ``linears`` and ``model``, everything that is stored counted.
+        modules: ``layers.0.self_attn`` and so on to ``bits`` of its linears per weight and, where
+            texts were at hand, ``error``: how far the residual stream behind it is from the
+            full-precision one, relative to each token's length (root of the mean square), else
+            None.
         graphs: ONNX file to the compute it stands for.
         files: Path within the variant to size and hash.
     """
@@ -49,6 +53,7 @@ class Variant:
     name: str
     recipe: Mapping[str, Any]
     bits_per_weight: Mapping[str, float]
+    modules: Mapping[str, Mapping[str, float | None]]
     graphs: Mapping[str, str]
     files: Mapping[str, FileEntry]
 
@@ -62,6 +67,7 @@ class Variant:
         return {
             "recipe": dict(self.recipe),
             "bits_per_weight": dict(self.bits_per_weight),
+            "modules": {name: dict(entry) for name, entry in self.modules.items()},
             "graphs": dict(self.graphs),
             "files": {path: vars(entry) for path, entry in sorted(self.files.items())},
         }
@@ -269,7 +275,17 @@ def _parse_variant(name: str, value: Any, place: str) -> Variant:
     for graph in value["graphs"]:
         if graph not in files:
             raise BundleError(f"graphs may name the variant's own files, got {graph!r} ({where})")
-    return Variant(name, value["recipe"], value["bits_per_weight"], value["graphs"], files)
+    for module, about in value["modules"].items():
+        if not isinstance(about, dict) or set(about) != {"bits", "error"}:
+            raise BundleError(f"a module needs bits and error alone ({where}, module {module})")
+    return Variant(
+        name,
+        value["recipe"],
+        value["bits_per_weight"],
+        value["modules"],
+        value["graphs"],
+        files,
+    )
 
 
 def _check_keys(value: dict[str, Any], keys: set[str], place: str) -> None:

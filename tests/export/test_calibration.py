@@ -104,6 +104,35 @@ def test_hidden_states_are_those_of_the_engine(checkpoint: Path, tmp_path: Path)
         assert float(1 - cosines.min()) < PARITY_COSINE
 
 
+def test_the_manifest_tells_how_far_the_residual_stream_is_off(
+    bundles: dict[str, Bundle],
+) -> None:
+    bundle = bundles["calibrated"]
+    states = {name: _states(bundle, name) for name in ("fp16", "int4")}
+    modules = bundle.variant("int4").modules
+    for index, (exact, quantized) in enumerate(zip(*states.values(), strict=True)):
+        missed = (quantized - exact).square().sum(-1) / exact.square().sum(-1)
+        about = modules[f"layers.{index}.mlp"]
+        assert about["error"] == pytest.approx(float(missed.mean().sqrt()), rel=1e-3)
+        assert about["bits"] == pytest.approx(4.25, abs=0.05)
+    in_order = [modules[f"layers.0.{part}"]["error"] for part in ("self_attn", "mlp")]
+    assert None not in in_order
+    data_free = bundles["data-free"].variant("int4").modules
+    assert {about["error"] for about in data_free.values()} == {None}
+
+
+def _states(bundle: Bundle, variant: str) -> list[torch.Tensor]:
+    """Hidden states of all calibration tokens after each layer, float64."""
+    opened = Checkpoint(bundle.directory(variant))
+    path = opened.directory / "tokenizer.json"
+    texts = Tokenizer(path, CONTRACT, opened.config.vocab_size).encode_rows(CALIBRATION)
+    batches = pack(texts, 2048, pooling=CONTRACT.pooling)
+    seen: list[torch.Tensor] = []
+    TorchEngine(opened, CONTRACT).embed(batches, on_layer=lambda *step: seen.append(step[2]))
+    step = len(batches)
+    return [torch.cat(seen[begin : begin + step]).double() for begin in range(0, len(seen), step)]
+
+
 def test_scratch_files_have_no_name(checkpoint: Path, tmp_path: Path) -> None:
     opened = Checkpoint(checkpoint)
     tokenizer = Tokenizer(checkpoint / "tokenizer.json", CONTRACT, opened.config.vocab_size)

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from export.hidden_states import Inputs
 from export.quantizers.gptq import (
-    Moments,
     least_squares,
     quantize_outputs,
     ridge_inverse,
     round_weight,
 )
 from export.quantizers.grids import Grid, grid_of
+from export.quantizers.moments import Moments, second_moments
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped
 
 FORMATS = [IntGrouped(4, 64), IntGrouped(8, 64), Int8Channel(), BnbInt8(), BnbNf4()]
@@ -135,3 +136,23 @@ def test_moments_of_fewer_texts_than_inputs_have_an_inverse() -> None:
 
 def test_moments_of_inputs_that_are_all_zero_have_an_inverse() -> None:
     assert bool(torch.isfinite(ridge_inverse(torch.zeros(8, 8))).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [1, 6, 64, 67])
+def test_moments_are_weighted_sums_over_all_batches(features: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(features)
+    states = torch.randn(50, features, generator=generator)
+    wanted = torch.randn(50, 9, generator=generator)
+    counts = torch.rand(50, 1, generator=generator)
+    rows = [slice(0, 20), slice(20, 50)]
+    inputs: Inputs = lambda: ((one, states[one]) for one in rows)  # noqa: E731
+    seen, crossed = second_moments(
+        inputs, (wanted[one] for one in rows), (counts[one] for one in rows), dtype
+    )
+    exact = states.double().T @ (counts * states).double()
+    error = 1e-5 if dtype == torch.float32 else 0.02
+    assert torch.equal(seen, seen.T)
+    torch.testing.assert_close(seen.double(), exact, rtol=error, atol=error * exact.max())
+    exact = wanted.double().T @ (counts * states).double()
+    torch.testing.assert_close(crossed.double(), exact, rtol=error, atol=50 * error)

@@ -56,7 +56,7 @@ def variant_of(directory: Path) -> Variant:
         for file in directory.rglob("*")
         if file.is_file()
     }
-    return Variant(directory.name, {}, {}, {}, files)
+    return Variant(directory.name, {}, {}, {}, {}, files)
 
 
 def put(path: Path, contents: Mapping[str, bytes]) -> Manifest:
