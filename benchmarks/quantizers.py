@@ -46,6 +46,8 @@ from lowmem.data import Row
 from lowmem.fidelity import metrics
 
 NAME = "quantizers"
+_SMALL_RIDGE = 1e-3
+"""Of each input's own; it is doubled where float32 does not suffice, as ever."""
 TEXTS = "probe"
 LLAMA_TYPES = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 
@@ -92,7 +94,7 @@ def with_one_ridge() -> None:
     def of_the_mean(inputs: torch.Tensor, ridge: float = gptq.RIDGE) -> torch.Tensor:
         regular = inputs.clone()
         regular.diagonal().add_(inputs.diagonal().mean(), alpha=ridge)
-        return inverse(regular, 0.0)
+        return inverse(regular, _SMALL_RIDGE)
 
     gptq.ridge_inverse = of_the_mean
 

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from export.quantizers.grids import Grid
 from export.quantizers.moments import Moments
+from lowmem.errors import BundleError
 
 RIDGE = 0.05
 """Part of each input's own second moment that is added to it: how little the weight may move."""
 _BLOCK = 64
+_MOST_TRIES = 40
 
 
 def quantize_outputs(weight: Tensor, moments: Moments, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -66,10 +68,13 @@ def ridge_inverse(inputs: Tensor, ridge: float = RIDGE) -> Tensor:
     Args:
         inputs: x xᵀ, ``[in_features, in_features]``; left as it is.
         ridge: Relative to each input's own moment, so that no input of large range drowns others.
+
+    Raises:
+        BundleError: The moments are not finite.
     """
     moments = inputs.diagonal()
     floor = moments.median().clamp_min(torch.finfo(inputs.dtype).tiny) * 1e-3
-    while True:
+    for _ in range(_MOST_TRIES):
         regular = inputs.clone()
         regular.diagonal().add_(moments.clamp_min(floor), alpha=ridge)
         factor, failed = torch.linalg.cholesky_ex(regular)
@@ -77,6 +82,7 @@ def ridge_inverse(inputs: Tensor, ridge: float = RIDGE) -> Tensor:
         if not int(failed):
             return torch.cholesky_inverse(factor)
         ridge *= 2
+    raise BundleError("the model's activations on the calibration texts are not finite")
 
 
 def round_weight(

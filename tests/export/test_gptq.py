@@ -14,6 +14,7 @@ from export.quantizers.gptq import (
 from export.quantizers.grids import Grid, grid_of
 from export.quantizers.moments import Moments, second_moments
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped
+from lowmem.errors import BundleError
 
 FORMATS = [IntGrouped(4, 64), IntGrouped(8, 64), Int8Channel(), BnbInt8(), BnbNf4()]
 IN_FEATURES, OUT_FEATURES, TOKENS = 128, 24, 600
@@ -132,6 +133,14 @@ def test_moments_of_fewer_texts_than_inputs_have_an_inverse() -> None:
     states = torch.randn(3, IN_FEATURES, generator=torch.Generator().manual_seed(3))
     inverse = ridge_inverse(states.T @ states)
     assert bool(torch.isfinite(inverse).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_an_error(value: float) -> None:
+    moments = torch.eye(4)
+    moments[1, 1] = value
+    with pytest.raises(BundleError, match="activations on the calibration texts are not finite"):
+        ridge_inverse(moments)
 
 
 def test_moments_of_inputs_that_are_all_zero_have_an_inverse() -> None:
