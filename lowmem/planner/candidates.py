@@ -220,7 +220,7 @@ def _keeping_layers(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     on_gpu = plan.device == "cuda"
     free = hardware.gpus[0].free_bytes if on_gpu else hardware.host_free_bytes
     free -= plan.device_bytes if on_gpu else plan.host_bytes
-    layer = memory.stored_bytes(config, formats) // config.num_hidden_layers
+    layer = memory.largest_layer_bytes(config, formats)
     kept = min(int(_KEPT_SHARE * free) // layer, config.num_hidden_layers - 1)
     kept = max(0, kept)
     plan = plan.with_(kept_layers=kept)

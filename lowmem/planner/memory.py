@@ -50,7 +50,7 @@ def predict(
     if plan.engine == "onnxruntime":
         return _onnx(plan, config, formats)
     weights = stored_bytes(config, formats)
-    layer = weights // config.num_hidden_layers
+    layer = largest_layer_bytes(config, formats)
     if plan.device == "cuda":
         scratch = device_memory.scratch_bytes(plan, config, formats)
         activations = device_memory.activation_bytes(plan, config, formats)
@@ -80,11 +80,21 @@ def mapped_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format])
 
 def stored_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
     """What the linears take on disk."""
-    return sum(
-        spec.nbytes
-        for module, shape in module_shapes(config).items()
-        for spec in formats[module].specs(*shape).values()
-    )
+    return sum(_layer_bytes(config, formats))
+
+
+def largest_layer_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
+    """What the linears of the largest layer take: in a mixture of formats layers differ."""
+    return max(_layer_bytes(config, formats))
+
+
+def _layer_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> list[int]:
+    """What the linears of each layer take on disk."""
+    sizes = [0] * config.num_hidden_layers
+    for module, shape in module_shapes(config).items():
+        specs = formats[module].specs(*shape).values()
+        sizes[int(module.split(".")[1])] += sum(spec.nbytes for spec in specs)
+    return sizes
 
 
 def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:

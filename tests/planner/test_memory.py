@@ -4,7 +4,7 @@ import pytest
 
 from lowmem.artifact.formats import Int8Channel
 from lowmem.artifact.latent_attention import LatentAttentionConfig
-from lowmem.artifact.variants import formats_for
+from lowmem.artifact.variants import HIGH, formats_for
 from lowmem.compute.plan import PREFIX_TOKENS, Plan
 from lowmem.planner import device_memory, memory
 from tests.shapes import SEVEN_B
@@ -125,3 +125,12 @@ def test_a_chunk_is_never_larger_than_what_it_is_cut_from():
 
 def test_16_bit_weights_in_their_own_dtype_need_no_scratch():
     assert predict("fp16", compute="fp16")[0] < predict("int8", compute="fp16")[0]
+
+
+def test_two_buffers_hold_the_largest_layer_of_a_mixture():
+    formats = formats_for("int4", SEVEN_B, "F16")
+    mixed = formats | {name: HIGH for name in formats if name.startswith("layers.3.")}
+    plan = Plan("int4", "torch", "cpu", "fp32", "streamed")
+    needs = [memory.predict(plan, SEVEN_B, "F16", one)[0] for one in (formats, mixed)]
+    codes = SEVEN_B.linear_weights // SEVEN_B.num_hidden_layers
+    assert needs[1] - needs[0] == 2 * codes // 2
