@@ -18,6 +18,8 @@ F16 = 1
 TYPES = {"F16": F16, "Q4_0": 2, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "Q8_0": 7}
 """llama.cpp's names and numbers (``llama_ftype`` in its ``llama.h``)."""
 _MOST_TEXTS = 64
+# Kept, for llama.cpp calls it: a line for every tensor is more than anyone reads.
+_SILENCE = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def quantize(source: Path, target: Path, name: str, threads: int) -> None:
@@ -26,6 +28,7 @@ def quantize(source: Path, target: Path, name: str, threads: int) -> None:
     Raises:
         SystemExit: It failed.
     """
+    llama_cpp.llama_log_set(_SILENCE, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = TYPES[name]
     params.allow_requantize = True
@@ -53,8 +56,7 @@ class Embedder:
             SystemExit: It does not load.
         """
         llama_cpp.llama_backend_init()
-        self._silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self._silence, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(_SILENCE, ctypes.c_void_p(0))
         self._model = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
