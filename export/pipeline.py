@@ -29,7 +29,7 @@ from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle, Manifest
 from lowmem.artifact.stock_files import TOKENIZER
 from lowmem.artifact.stock_files import render as render_stock_files
-from lowmem.artifact.variants import budget_of, formats_for, recipe_for
+from lowmem.artifact.variants import budget_of, check_variants, formats_for, recipe_for
 from lowmem.artifact.weights import EMBEDDING
 from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
@@ -84,6 +84,7 @@ def export(
         InputError: The licence is not accepted, a variant is unknown or is there from another
             recipe, or BUNDLE is no bundle or cannot be written.
     """
+    check_variants(variants)
     licences.check(source.licence, accepts_licence, source.name)
     config = replace(source.config, is_stock=contract.is_causal)
     contract = contract.bounded(config.longest_sequence)

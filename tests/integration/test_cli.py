@@ -126,6 +126,21 @@ def test_export_prints_bits_and_sizes(bundle):
     assert "4.256 bits/weight" in again.stdout
 
 
+def test_a_budget_of_bits_is_a_variant_of_its_own(bundle, tmp_path):
+    contract = ("--contract", bundle.parent / "contract.json", "--reference-texts", "none")
+    (tmp_path / "texts.txt").write_text("one text\nand another\n" * 20)
+    options = ("--variants", "int4", "--bits", "6", "--calibration", tmp_path / "texts.txt")
+    done = lowmem("export", bundle.parent / "checkpoint", tmp_path / "new", *contract, *options)
+    name, bits, *_ = done.stdout.split()
+    assert name == "int4-6"
+    assert 5 < float(bits) <= 6
+    plans = json.loads(lowmem("plan", tmp_path / "new", "--json").stdout)["plans"]
+    assert {plan["variant"] for plan in plans} == {"int4-6"}
+    assert {plan["engine"] for plan in plans} == {"torch", "onnxruntime"}
+    # The same words find it there.
+    lowmem("export", bundle.parent / "checkpoint", tmp_path / "new", *contract, *options)
+
+
 def test_export_is_steered_by_texts_of_ones_own(bundle, tmp_path):
     (tmp_path / "texts.txt").write_text("One text.\nAnother text, and a longer one.\n")
     contract = ("--contract", bundle.parent / "contract.json")
@@ -371,6 +386,13 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
         (("export", "BUNDLE/fp16", "new", "--contract", "c.json"), "one of linq, e5-mistral, sfr"),
         (("export", "BUNDLE/fp16", "new", "--contract", "{" * 300), "one of linq, e5-mistral, sfr"),
         (("export", "BUNDLE/fp16", "new", "--variants", "int3"), "a variant must be one of fp16"),
+        (("export", "BUNDLE/fp16", "new", "--variants", "int4-9"), "BITS from 4.25 to 8.25, got"),
+        (("export", "BUNDLE/fp16", "new", "--bits", "3"), "bits must be from 4.25 to 8.25, got 3"),
+        (("export", "BUNDLE/fp16", "new", "--bits", "nan"), "bits must be from 4.25 to 8.25"),
+        (
+            ("export", "BUNDLE/fp16", "new", "--variants", "int8", "--bits", "6"),
+            "--bits needs int4 among the variants",
+        ),
         (("check", "BUNDLE", "--answers", "x" * 300), "is neither"),
         (("check", "BUNDLE"), "does not say which known model it holds"),
         (("export", "nothing.gguf", "new", "--contract", "linq"), "nothing.gguf"),

@@ -302,7 +302,8 @@ def test_an_unknown_variant_is_refused(checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(InputError) as caught:
         write(checkpoint, tmp_path / "bundle", ["int4", "int3"])
     assert str(caught.value) == (
-        "a variant must be one of fp16, int8, int4, bnb-int8, bnb-nf4, got 'int3'"
+        "a variant must be one of fp16, int8, int4, bnb-int8, bnb-nf4, or int4-BITS with BITS "
+        "from 4.25 to 8.25, got 'int3'"
     )
     assert_nothing_in(tmp_path / "bundle")
 
@@ -420,7 +421,7 @@ def test_a_variant_whose_name_is_no_plain_name_is_refused(name: str, bundle: Pat
         (
             {"variants": {"int4": {}}},
             "missing key 'bits_per_weight'; missing key 'files'; missing key 'graphs'; "
-            "missing key 'recipe' ({}, variant int4)",
+            "missing key 'modules'; missing key 'recipe' ({}, variant int4)",
         ),
     ],
 )
