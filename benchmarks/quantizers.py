@@ -241,13 +241,14 @@ def picture(steps: dict[str, Measured], llama: dict[str, Measured]) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = NAME
     figure, axes = plot.subplots(figsize=(7.2, 3.8), layout="constrained")
-    ours = {name: steps[name] for name in ("int4", "int4-4.5", "bnb-nf4", "int4-5.5", "int8")}
-    ours |= {"bnb-int8": steps["bnb-int8"]}
+    ours = {name: steps[name] for name in ("int4", "bnb-nf4", "int4-5.5", "int8", "bnb-int8")}
     plain = {name: one for name, one in steps.items() if name.endswith("data-free")}
-    for title, points, colour, marker in (
-        ("lowmem", ours, "#2457a7", "o"),
-        ("lowmem, --calibration none", plain, "#8fa9cf", "s"),
-        ("llama.cpp", llama, "#b4502a", "^"),
+    # Where names stand beside their points, so that none stands on another.
+    right, below, left = ((6, 3), "left"), ((6, -10), "left"), ((-6, -3), "right")
+    for title, points, colour, marker, (place, side) in (
+        ("lowmem", ours, "#2457a7", "o", below),
+        ("lowmem, --calibration none", plain, "#7c98c4", "s", left),
+        ("llama.cpp", llama, "#b4502a", "^", right),
     ):
         axes.plot(
             [one["bits"] for one in points.values()],
@@ -260,7 +261,8 @@ def picture(steps: dict[str, Measured], llama: dict[str, Measured]) -> None:
             axes.annotate(
                 name.removesuffix(", data-free"),
                 (one["bits"], 1 - one["cosine"]["mean"]),
-                xytext=(6, 3),
+                xytext=place,
+                ha=side,
                 textcoords="offset points",
                 fontsize=8,
                 color=colour,
@@ -270,6 +272,7 @@ def picture(steps: dict[str, Measured], llama: dict[str, Measured]) -> None:
     axes.set_ylabel("1 − mean cosine to 16 bits")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(3.8, 9)
     axes.legend(frameon=False, loc="upper right", fontsize=8)
     figure.savefig(RESULTS / f"{NAME}.svg", metadata={"Date": None})
 

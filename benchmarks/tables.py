@@ -44,10 +44,20 @@ def plans_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# In the order in which one builds on the other; a record's keys are sorted.
+_STEPS = (
+    *("int4, data-free", "int4, gptq", "int4, least squares", "int4, relative errors", "int4"),
+    *("int4, no first token", "int4, half the texts", "int4-4.5", "int4-5.5"),
+    *("bnb-nf4, data-free", "bnb-nf4", "int8, data-free", "int8, SmoothQuant", "int8"),
+    *("bnb-int8, data-free", "bnb-int8"),
+)
+
+
 def quantizers_table(record: dict[str, Any]) -> str:
     """One row per step of our quantizers, then one per type of llama.cpp's."""
     lines = ["| | bits | mean | p5 | min |", "| --- | ---: | ---: | ---: | ---: |"]
-    for one in (*record["steps"].values(), *record["llama_cpp"].values()):
+    steps = [record["steps"][name] for name in _STEPS]
+    for one in (*steps, *sorted(record["llama_cpp"].values(), key=lambda one: one["bits"])):
         cosine = one["cosine"]
         title = f"`{one['variant']}`: {one['about']}" if "variant" in one else one["about"]
         lines.append(
