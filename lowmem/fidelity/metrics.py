@@ -52,7 +52,7 @@ def cosines(reference: Vectors, vectors: Vectors) -> Floats:
 def spearman(reference: Vectors, vectors: Vectors) -> float | None:
     """Spearman's rank correlation of the cosines of all pairs of texts i < j.
 
-    That is Pearson's correlation of the ranks, where cosines that agree to 12 decimals share the
+    That is Pearson's correlation of the ranks, where cosines that agree to 9 decimals share the
     mean of their ranks. Above 2000 texts a sample of the pairs is taken: those among 2000 texts,
     drawn with a fixed seed. A row that is zero or holds NaN or infinity has the cosine 0 to all
     others. Cost: with m = min(n, 2000), 2 m² d operations, sorting m² / 2 numbers twice, and

@@ -1,6 +1,6 @@
 """Which texts are nearest to which, and how many of them stay when vectors change.
 
-Nearest is by cosine; of equally near texts (cosines that agree to 12 decimals) the first in order
+Nearest is by cosine; of equally near texts (cosines that agree to 9 decimals) the first in order
 counts as nearer, in reference and vectors alike.
 
 Letters in shapes: n texts, q queries, d dimensions, k neighbours.

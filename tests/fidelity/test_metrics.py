@@ -199,6 +199,13 @@ def test_spearman_is_that_of_the_slow_way(pair: tuple[Vectors, Vectors]) -> None
     assert metrics.spearman(*pair) == (expected if expected is None else pytest.approx(expected))
 
 
+def test_equal_cosines_near_half_a_unit_of_the_twelfth_decimal_are_ties() -> None:
+    # -13 / sqrt(276) = -0.78250804505749980..., twice, from products in another order
+    vectors = rows([-1, -1, -3, -1], [-1, 1, 3, -1], [2, -1, 3, 3], [2, -3, -3, -1])
+    reference = rows([0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0])
+    assert metrics.spearman(reference, vectors) == pytest.approx(slow_spearman(reference, vectors))
+
+
 def test_spearman_is_not_defined_where_all_pairs_are_equally_close() -> None:
     reference, vectors = random_pair(5, 4)
     assert metrics.spearman(reference, np.ones_like(vectors)) is None
