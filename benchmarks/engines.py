@@ -166,11 +166,7 @@ def lowmem(bundle: Bundle, plan: Plan) -> tuple[Encode, Tokenize]:
         encoded = runner.tokenizer.encode(texts, prompts, truncate=True)
         return runner.embed(encoded, normalize=True)
 
-    def tokenize(texts: list[str], prompts: list[str]) -> list[list[int]]:
-        encoded = runner.tokenizer.encode(texts, prompts, truncate=True)
-        return [text.input_ids.tolist() for text in encoded]
-
-    return encode, tokenize
+    return encode, token_ids(runner.tokenizer)
 
 
 def llama_cpp(bundle: Bundle, gguf: Path, threads: int) -> tuple[Encode, Tokenize]:
@@ -180,11 +176,20 @@ def llama_cpp(bundle: Bundle, gguf: Path, threads: int) -> tuple[Encode, Tokeniz
     embedder = llama.Embedder(gguf, threads, bundle.contract.max_seq_length)
     tokenizer = tokenizer_of(bundle)
 
+    def encode(texts: list[str], prompts: list[str]) -> Vectors:
+        return embedder.embed(tokenizer.encode(texts, prompts, truncate=True))
+
+    return encode, token_ids(tokenizer)
+
+
+def token_ids(tokenizer: Tokenizer) -> Tokenize:
+    """Tokenization without the rest."""
+
     def tokenize(texts: list[str], prompts: list[str]) -> list[list[int]]:
         encoded = tokenizer.encode(texts, prompts, truncate=True)
         return [text.input_ids.tolist() for text in encoded]
 
-    return lambda texts, prompts: embedder.embed(tokenize(texts, prompts)), tokenize
+    return tokenize
 
 
 def tokenizer_of(bundle: Bundle) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""llama.cpp for the benchmarks: its quantizer, and its embeddings of given token ids.
+"""llama.cpp for the benchmarks: its quantizer, and its embeddings of texts that are tokenized.
 
 Needs ``pip install llama-cpp-python``, which builds llama.cpp for this processor.
 """
@@ -12,6 +12,9 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
+
+from lowmem.compute.engine import unit_length
+from lowmem.text.batching import EncodedText, PackedBatch, duplicates, pack
 
 F16 = 1
 """Of ``llama_ftype`` and of ``ggml_type`` alike."""
@@ -74,33 +77,27 @@ class Embedder:
         self._batch_tokens = batch_tokens
         self._batch = llama_cpp.llama_batch_init(batch_tokens, 0, 1)
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Unit vectors of token ids, float32 ``[texts, hidden_size]``."""
+    def embed(self, texts: Sequence[EncodedText]) -> NDArray[np.float32]:
+        """Unit vectors of tokenized texts, float32 ``[texts, hidden_size]``."""
         vectors = np.empty((len(texts), self._size), np.float32)
-        waiting: list[int] = []
-        for row in sorted(range(len(texts)), key=lambda row: -len(texts[row])):
-            tokens = sum(len(texts[other]) for other in waiting) + len(texts[row])
-            if waiting and (tokens > self._batch_tokens or len(waiting) == _MOST_TEXTS):
-                self._pass(texts, waiting, vectors)
-                waiting = []
-            waiting.append(row)
-        self._pass(texts, waiting, vectors)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        for batch in pack(texts, self._batch_tokens, batch_size=_MOST_TEXTS):
+            self._pass(batch, vectors)
+        return unit_length(vectors[duplicates(texts)])
 
-    def _pass(
-        self, texts: Sequence[Sequence[int]], rows: Sequence[int], vectors: NDArray[np.float32]
-    ) -> None:
-        batch, place = self._batch, 0
-        for sequence, row in enumerate(rows):
-            for position, token in enumerate(texts[row]):
-                batch.token[place], batch.pos[place] = token, position
-                batch.n_seq_id[place], batch.seq_id[place][0] = 1, sequence
-                batch.logits[place] = True
-                place += 1
-        batch.n_tokens = place
+    def _pass(self, packed: PackedBatch, vectors: NDArray[np.float32]) -> None:
+        batch = self._batch
+        sequences = np.repeat(np.arange(packed.texts), np.diff(packed.cu_seqlens))
+        columns = (packed.input_ids, packed.position_ids, sequences)
+        for place, (token, position, sequence) in enumerate(
+            zip(*(column.tolist() for column in columns), strict=True)
+        ):
+            batch.token[place], batch.pos[place] = token, position
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, sequence
+            batch.logits[place] = True
+        batch.n_tokens = packed.tokens
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         if status := llama_cpp.llama_decode(self._context, batch):
             raise SystemExit(f"llama.cpp could not embed: status {status}")
-        for sequence, row in enumerate(rows):
+        for sequence, row in enumerate(packed.rows.tolist()):
             vector = llama_cpp.llama_get_embeddings_seq(self._context, sequence)
             vectors[row] = np.ctypeslib.as_array(vector, (self._size,))

@@ -18,9 +18,9 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from demo import CONTRACT, smollm2
 from numpy.typing import NDArray
-from record import RESULTS, ROOT, head, write
+from record import RESULTS, ROOT, head, measure_missing, resume, write
 
 import export.calibration
 import export.folds
@@ -38,7 +38,7 @@ from export.hidden_states import Texts
 from export.pipeline import export as run_export
 from export.sources import open_source
 from lowmem import data, hardware
-from lowmem.artifact.contract import read_contract
+from lowmem.artifact.contract import Contract, read_contract
 from lowmem.artifact.manifest import Bundle
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
@@ -171,6 +171,13 @@ class Site:
             run_export(open_source(smollm2()), self.fp16, contract(), variants=["fp16"], onnx=False)
             np.save(self.directory / "reference.npy", embed(self.fp16, "fp16", "fp32"))
 
+    def in_a_process(self, name: str) -> Measured:
+        """One step or type, in a process of its own."""
+        command = [sys.executable, __file__, str(self.directory), "--step", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        measured: Measured = json.loads(done.stdout.splitlines()[-1])
+        return measured
+
     def measure(self, name: str) -> Measured:
         """One step, in this process, which it leaves changed."""
         step = STEPS[name]
@@ -219,7 +226,7 @@ class Site:
         return metrics.summary(metrics.cosines(reference, vectors))
 
 
-def contract() -> Any:
+def contract() -> Contract:
     """SmolLM2's input contract."""
     return read_contract(CONTRACT)
 
@@ -291,18 +298,10 @@ def main() -> None:
     about = head(NAME, "python benchmarks/quantizers.py")
     site.directory.mkdir(parents=True, exist_ok=True)
     kept = site.directory / "measured.json"
-    measured = json.loads(kept.read_text()) if kept.exists() else {**about, "steps": {}}
-    if measured["commit"] != about["commit"]:
-        parser.error(f"{kept} is of commit {measured['commit']}: remove it to measure anew")
+    measured = resume(kept, about, parser.error)
     site.prepare()
-    for name in (*STEPS, *LLAMA_TYPES):
-        if name not in measured["steps"]:
-            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-            command = [sys.executable, __file__, str(site.directory), "--step", name]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            measured["steps"][name] = json.loads(done.stdout.splitlines()[-1])
-            print(json.dumps(measured["steps"][name]), flush=True)
-            kept.write_text(json.dumps(measured, indent=1))
+    names = (*STEPS, *LLAMA_TYPES)
+    measure_missing({name: partial(site.in_a_process, name) for name in names}, measured, kept)
     steps = {name: measured["steps"][name] for name in STEPS}
     llama = {name: measured["steps"][name] for name in LLAMA_TYPES}
     picture(steps, llama)

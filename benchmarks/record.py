@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lowmem import hardware
 from lowmem.artifact.manifest import Bundle
@@ -47,6 +49,40 @@ def head(name: str, command: str) -> dict[str, Any]:
         "machine": {key: machine[key] for key in MACHINE_KEYS},
         "versions": package_versions(),
     }
+
+
+def resume(kept: Path, about: dict[str, Any], refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
+    """What an earlier part of a run has measured, or the start of one: ``about`` and ``steps``.
+
+    Args:
+        kept: Where it lies.
+        about: What the record begins with.
+        refuse: Told, and does not return, where another commit has measured it.
+    """
+    measured: dict[str, Any] = (
+        json.loads(kept.read_text()) if kept.exists() else {**about, "steps": {}}
+    )
+    if measured["commit"] != about["commit"]:
+        refuse(f"{kept} is of commit {measured['commit']}: remove it to measure anew")
+    return measured
+
+
+def measure_missing(
+    steps: Mapping[str, Callable[[], dict[str, Any]]], measured: dict[str, Any], kept: Path
+) -> None:
+    """Takes the steps that are not measured yet, in order, and keeps each as soon as it is there.
+
+    Args:
+        steps: Name to what measures it.
+        measured: What ``resume`` gave; it is filled in.
+        kept: Where it is kept.
+    """
+    for name, step in steps.items():
+        if name not in measured["steps"]:
+            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+            measured["steps"][name] = step()
+            kept.write_text(json.dumps(measured, indent=1))
+            print(json.dumps(measured["steps"][name]), flush=True)
 
 
 def write(record: dict[str, Any]) -> Path:

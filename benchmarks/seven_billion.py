@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from memory import peak_of, read_bytes_of_children
 from random_checkpoint import SHAPES, write_checkpoint
-from record import RESULTS, ROOT, head
+from record import RESULTS, ROOT, head, measure_missing, resume
 
 from lowmem import data, hardware
 from lowmem.artifact.manifest import Bundle
@@ -252,18 +252,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     site.directory.mkdir(parents=True, exist_ok=True)
     os.environ["LOWMEM_CACHE"] = str(site.directory / "cache")
     kept = site.directory / "measured.json"
-    measured = json.loads(kept.read_text()) if kept.exists() else {**about, "steps": {}}
-    if measured["commit"] != about["commit"]:
-        parser.error(f"{kept} is of commit {measured['commit']}: remove it to measure anew")
+    measured = resume(kept, about, parser.error)
 
     site.checkpoint()
     steps, known = site.steps(), measured["steps"]
-    for name, step in steps.items():
-        if name not in known and name.startswith(tuple(wanted.only.split(","))):
-            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-            known[name] = step()
-            kept.write_text(json.dumps(measured, indent=1))
-            print(json.dumps(known[name]), flush=True)
+    begins = tuple(wanted.only.split(","))
+    chosen = {name: step for name, step in steps.items() if name.startswith(begins)}
+    measure_missing(chosen, measured, kept)
     problems = broken(known)
     print("\n".join(problems))
     missing = steps.keys() - known.keys()

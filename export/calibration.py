@@ -30,6 +30,7 @@ from export.hidden_states import (
     Inputs,
     Stage,
     Texts,
+    Weigh,
 )
 from export.quantizers.gptq import quantize_outputs
 from export.quantizers.grids import grid_of, pack
@@ -162,7 +163,7 @@ class Calibration:
         Raises:
             BundleError: A scale does not fit its format.
         """
-        states, config, index = self._variants[name], self._texts.config, layer.index
+        states, config = self._variants[name], self._texts.config
         rounded = rounded_linears(formats)
         folded = layer.folded if rounded else layer
         assert folded is not None, "with_folds was not asked for"
@@ -178,8 +179,6 @@ class Calibration:
                     yield sums[rows] - states.hidden[rows]
 
         def weigh(stage: Stage, inputs: Inputs) -> Tensor:
-            if stage == MLP:
-                self._note_error(name, index, "self_attn", self._middle)
             weight = folded.weights(stage)
             form = formats[stage[0]]
             assert all(formats[linear] == form for linear in stage), stage
@@ -201,8 +200,7 @@ class Calibration:
                 tensors.update({f"{linear}.{suffix}": raw for suffix, raw in parts.items()})
             return stacked(stored, stage)
 
-        states.advance(folded.norms, weigh, rounded)
-        self._note_error(name, index, "mlp", self._full.hidden)
+        self._advance(name, layer.index, folded.norms, weigh, rounded)
         return tensors
 
     def _normed(self, stage: Stage, norms: Mapping[str, Tensor], texts: Texts) -> Iterator[Tensor]:
@@ -231,14 +229,26 @@ class Calibration:
         """
         norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
         rounded = rounded_linears({name: linear.format for name, linear in layer.linears.items()})
+        weigh: Weigh = lambda stage, inputs: stacked(layer.linears, stage)  # noqa: E731
+        self._advance(name, layer.index, norms, weigh, rounded)
 
-        def weigh(stage: Stage, inputs: Inputs) -> Tensor:
+    def _advance(
+        self,
+        name: str,
+        index: int,
+        norms: Mapping[str, Tensor],
+        weigh: Weigh,
+        rounded: frozenset[str],
+    ) -> None:
+        """Takes a variant through a layer, and notes its errors."""
+
+        def weigh_and_note(stage: Stage, inputs: Inputs) -> Tensor:
             if stage == MLP:
-                self._note_error(name, layer.index, "self_attn", self._middle)
-            return stacked(layer.linears, stage)
+                self._note_error(name, index, "self_attn", self._middle)
+            return weigh(stage, inputs)
 
-        self._variants[name].advance(norms, weigh, rounded)
-        self._note_error(name, layer.index, "mlp", self._full.hidden)
+        self._variants[name].advance(norms, weigh_and_note, rounded)
+        self._note_error(name, index, "mlp", self._full.hidden)
 
     def _note_error(self, name: str, index: int, module: str, exact: Tensor) -> None:
         states, total = self._variants[name], 0.0

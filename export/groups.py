@@ -6,7 +6,7 @@ every variant is journaled, and an export that goes on after a killed one does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from export.calibration import Calibration, rounded_linears
@@ -31,6 +31,7 @@ from lowmem.artifact.weights import (
 )
 from lowmem.compute.operations.linear import to_torch
 from lowmem.errors import BundleError
+from lowmem.progress import Progress
 
 
 def write_groups(
@@ -40,7 +41,7 @@ def write_groups(
     jobs: Sequence[Job],
     workspace: Workspace,
     finished: Finished,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     calibration: Calibration | None = None,
 ) -> None:
     """Reads each tensor of the source once, and writes it in every variant's format.
@@ -61,7 +62,6 @@ def write_groups(
     """
     config = source.config
     kept, groups = by_file(finished), _groups(config)
-    plain = dict.fromkeys(module_shapes(config), Plain(dtype))
     with ExitStack() as stack:
         writers = {}
         for job in jobs:
@@ -82,9 +82,7 @@ def write_groups(
                         if job.file in writers:
                             _write_tensor(name, raw, job, writers[job.file])
             else:
-                layer = layer_weights(
-                    done - 1, config, plain, lambda name: read_tensor(source, name, dtype)
-                )
+                layer = read_layer(source, done - 1, dtype)
                 _write_layer(
                     layer, jobs, writers, calibrated, config, is_finished=group[0] in finished
                 )
@@ -154,6 +152,12 @@ def _write_tensor(name: str, raw: RawTensor, job: Job, writer: TensorWriter) -> 
         return
     for suffix, tensor in quantize(to_torch(raw, "cpu"), form, module).items():
         writer.write(f"{module}.{suffix}", tensor)
+
+
+def read_layer(source: Source, index: int, dtype: str) -> LayerWeights:
+    """A layer of the source in the variant's 16-bit dtype."""
+    plain = dict.fromkeys(module_shapes(source.config), Plain(dtype))
+    return layer_weights(index, source.config, plain, lambda name: read_tensor(source, name, dtype))
 
 
 def read_tensor(source: Source, name: str, dtype: str) -> RawTensor:

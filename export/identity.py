@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from export.sources import Source
@@ -13,6 +12,7 @@ from lowmem import cache
 from lowmem.artifact import strict_json
 from lowmem.artifact.manifest import file_sha256
 from lowmem.errors import BundleError
+from lowmem.progress import Progress
 
 # A file that was written this short a time ago may be written again at what its disk's clock takes
 # for the same time: its hash is not remembered.
@@ -27,7 +27,7 @@ class SourceIdentity:
         files: File name to sha256.
     """
 
-    def __init__(self, source: Source, progress: Callable[[str, int, int], None]) -> None:
+    def __init__(self, source: Source, progress: Progress) -> None:
         """Hashes the files, but for those whose hashes this user's cache knows.
 
         Raises:

@@ -6,7 +6,7 @@ Only the weights are ever kept: all other files of a variant are small and are w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from lowmem.artifact import strict_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format
 from lowmem.artifact.tensors import SINGLE_FILE
+from lowmem.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def kept_files(
     jobs: Sequence[Job],
     source: Source,
     partial: Path,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[str]:
     """The files that a killed export has begun; none of them if one byte is not as journaled."""
     layouts = {job.file: job.layout for job in jobs if job.layout is not None}

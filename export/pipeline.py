@@ -6,13 +6,15 @@ Memory holds one tensor of the source at a time, one layer where texts steer the
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from export import licences
-from export.allocation import mixed_formats
+from export.allocation import Effects, allocate, pooled_effects, some_texts
 from export.calibration import Calibration
 from export.groups import read_tensor, write_groups
 from export.identity import SourceIdentity
@@ -33,12 +35,11 @@ from lowmem.artifact.variants import budget_of, check_variants, formats_for, rec
 from lowmem.artifact.weights import EMBEDDING
 from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
+from lowmem.progress import Progress
+from lowmem.text.batching import EncodedText
 from lowmem.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, steps done, steps in all)."""
 
 _SMALL_FILES_BYTES = 32 * 2**20
 # How many calibration tokens suffice a format; what is not here gains from all there are.
@@ -110,6 +111,16 @@ def export(
             raise InputError("variants must name at least one variant")
         tokenizer_files = source.tokenizer_files()
         stock = render_stock_files(config, contract, tokenizer_files)
+
+        @cache
+        def texts() -> list[EncodedText]:
+            return _tokenized(calibration, stock[TOKENIZER], contract, config.vocab_size)
+
+        @cache
+        def effects() -> Effects:
+            some = some_texts(texts())
+            return pooled_effects(source, contract, dtype, some, _existing(bundle), progress)
+
         jobs = []
         steered_by = data.sha256(calibration) if calibration else None
         for name in dict.fromkeys(variants):
@@ -123,16 +134,7 @@ def export(
             elif not calibration:
                 raise InputError(f"{name} needs calibration texts: they decide where its bits go")
             else:
-                formats = mixed_formats(
-                    budget,
-                    source,
-                    contract,
-                    dtype,
-                    calibration,
-                    stock[TOKENIZER],
-                    _existing(bundle),
-                    progress,
-                )
+                formats = allocate(effects(), config, budget)
             linked = name == "fp16" and source.shards is not None
             layout = None if linked else lay_out(config, dtype, formats)
             jobs.append(Job(name, recipe, formats, layout))
@@ -158,7 +160,7 @@ def export(
                 write_small_files(workspace.partial / job.name, job.formats, config, dtype, stock)
                 if job.layout is None:
                     link_shards(source, job, workspace, finished, copy)
-            steered = _calibration(source, config, contract, dtype, jobs, calibration, workspace)
+            steered = _calibration(source, config, contract, dtype, jobs, texts, workspace)
             write_groups(source, identity, dtype, jobs, workspace, finished, progress, steered)
             errors = steered.errors if steered is not None else {}
             del steered
@@ -213,7 +215,7 @@ def _calibration(
     contract: Contract,
     dtype: str,
     jobs: Sequence[Job],
-    rows: Sequence[Row],
+    texts: Callable[[], Sequence[EncodedText]],
     workspace: Workspace,
 ) -> Calibration | None:
     """The calibration texts in front of the first layer, if a job needs them."""
@@ -224,12 +226,18 @@ def _calibration(
     }
     if not calibrated:
         return None
-    folder = workspace.partial / next(iter(calibrated))
-    tokenizer = Tokenizer(folder / "tokenizer.json", contract, config.vocab_size)
     embedding = read_tensor(source, EMBEDDING, dtype)
-    return Calibration(
-        tokenizer.encode_rows(rows), config, contract, embedding, calibrated, workspace.partial
-    )
+    return Calibration(texts(), config, contract, embedding, calibrated, workspace.partial)
+
+
+def _tokenized(
+    rows: Sequence[Row], tokenizer: bytes, contract: Contract, vocab_size: int
+) -> list[EncodedText]:
+    """Texts as the variants will read them, by the content of their ``tokenizer.json``."""
+    with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
+        path = Path(folder) / TOKENIZER
+        path.write_bytes(tokenizer)
+        return Tokenizer(path, contract, vocab_size).encode_rows(rows)
 
 
 def _existing(bundle: Path) -> Path:

@@ -16,7 +16,7 @@ from export.workspace import Workspace
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import ModelConfig, config_json
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.formats import Format, quantization_config
+from lowmem.artifact.formats import Format, linear_bytes, quantization_config
 from lowmem.artifact.manifest import FileEntry, Variant, file_sha256
 from lowmem.artifact.stock_files import check as check_stock_files
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE
@@ -117,9 +117,8 @@ def _modules(
     stored: dict[str, int] = {}
     for module, shape in module_shapes(checkpoint.config).items():
         part = module.rpartition(".")[0]
-        suffixes = checkpoint.formats[module].specs(*shape)
-        size = sum(checkpoint.tensors[f"{module}.{suffix}"].nbytes for suffix in suffixes)
         weights[part] = weights.get(part, 0) + math.prod(shape)
+        size = linear_bytes(checkpoint.formats[module], *shape)
         stored[part] = stored.get(part, 0) + size
     return {
         part: {

@@ -38,7 +38,7 @@ def quantize_outputs(weight: Tensor, moments: Moments, grid: Grid) -> tuple[Tens
         are stored, float32 ``[out_features, groups]``.
 
     Raises:
-        BundleError: A scale does not fit the format.
+        BundleError: A scale does not fit the format, or the inputs are not finite.
     """
     inverse = ridge_inverse(moments.inputs)
     moved = least_squares(weight, moments, inverse)

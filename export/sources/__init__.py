@@ -6,7 +6,6 @@ no later step knows where the weights came from and none needs more than a layer
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.tensors import RawTensor
 from lowmem.errors import InputError
 from lowmem.hub import parse_id
+from lowmem.progress import Progress
 
 __all__ = ["GgufFile", "HuggingFaceDirectory", "Source", "open_source"]
 
@@ -76,7 +76,7 @@ def open_source(
     source: Path | str,
     *,
     accepts_licence: licences.Accepts = licences.accepts_none,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Source:
     """Opens a checkpoint; from the hub it is downloaded first.
 

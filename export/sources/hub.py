@@ -7,7 +7,7 @@ whatever they decide is decided before the weights are downloaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from export import licences
@@ -25,6 +25,7 @@ from lowmem.artifact.config import parse_config
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, read_weight_map
 from lowmem.errors import BundleError, InputError
 from lowmem.hub import HubModel
+from lowmem.progress import Progress
 
 _CONFIG = "config.json"
 # How sentence-transformers pools and prompts; the weights of its modules are not among them.
@@ -37,7 +38,7 @@ _MODULES = re.compile(
 def open_hub_model(
     model: HubModel,
     accepts_licence: licences.Accepts,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> HuggingFaceDirectory:
     """Downloads what an export needs of a model, and opens it.
 

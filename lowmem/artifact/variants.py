@@ -101,10 +101,10 @@ def recipe_for(variant: str, dtype: str, calibration: str | None = None) -> dict
     else:
         recipe = {"method": "data-free", "calibration": "none", "dtype": dtype}
     budget = budget_of(variant)
+    grouped = {"group_size": LOW.group_size, "scales": "squared error"}
     if budget is not None:
-        recipe |= {"bits": [LOW.bits, HIGH.bits], "budget": budget, "spent": "pooled effect"}
+        spent = {"budget": budget, "spent": "pooled effect"}
+        recipe |= {"bits": [LOW.bits, HIGH.bits], **spent, **grouped}
     elif variant == "int4":
-        recipe |= {"bits": LOW.bits}
-    if budget is not None or variant == "int4":
-        recipe |= {"group_size": LOW.group_size, "scales": "squared error"}
+        recipe |= {"bits": LOW.bits, **grouped}
     return recipe

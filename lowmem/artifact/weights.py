@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import NORMS, ModelConfig, parse_config
-from lowmem.artifact.formats import Format, Plain, read_formats
+from lowmem.artifact.formats import Format, Plain, linear_bytes, read_formats
 from lowmem.artifact.tensors import (
     RawTensor,
     StoredTensor,
@@ -135,11 +135,10 @@ class Checkpoint:
             yield self.layer(index, read)
 
     def linear_bytes(self) -> int:
-        """Stored bytes of all linears: codes, scales and whatever else their formats keep."""
+        """Stored bytes of all linears."""
         return sum(
-            self.tensors[f"{module}.{suffix}"].nbytes
+            linear_bytes(self.formats[module], *shape)
             for module, shape in module_shapes(self.config).items()
-            for suffix in self.formats[module].specs(*shape)
         )
 
     def _check(self, embedding: StoredTensor) -> None:

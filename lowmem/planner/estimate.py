@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lowmem.artifact.config import ModelConfig
-from lowmem.artifact.formats import BnbInt8, Format, Int8Channel, Plain
+from lowmem.artifact.formats import BnbInt8, Format, Int8Channel, Plain, linear_bytes
 from lowmem.artifact.weights import module_shapes
 from lowmem.compute.plan import COMPUTES, DEVICE_CHUNK_TOKENS, Plan
 from lowmem.hardware import Gpu
@@ -125,7 +125,7 @@ def _weight_bytes(
     stored = moved = 0
     for module, (rows, columns) in module_shapes(config).items():
         form = formats[module]
-        nbytes = sum(spec.nbytes for spec in form.specs(rows, columns).values())
+        nbytes = linear_bytes(form, rows, columns)
         stored += nbytes
         weights = rows * columns
         if arithmetic == "int8" and isinstance(form, Int8Channel | BnbInt8):

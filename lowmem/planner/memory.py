@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lowmem.artifact.config import ModelConfig
-from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
+from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain, linear_bytes
 from lowmem.artifact.weights import module_shapes
 from lowmem.compute.plan import CHUNK_BYTES, PREFIX_TOKENS, Plan
 from lowmem.planner import device_memory
@@ -92,8 +92,7 @@ def _layer_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> list[int
     """What the linears of each layer take on disk."""
     sizes = [0] * config.num_hidden_layers
     for module, shape in module_shapes(config).items():
-        specs = formats[module].specs(*shape).values()
-        sizes[int(module.split(".")[1])] += sum(spec.nbytes for spec in specs)
+        sizes[int(module.split(".")[1])] += linear_bytes(formats[module], *shape)
     return sizes
 
 
@@ -163,7 +162,7 @@ def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tup
             widened = max(widened, rows * columns * 4)
             packed += rows * columns * 2 if plan.device == "cuda" else 0
         elif isinstance(form, IntGrouped | Int8Channel):
-            packed += sum(spec.nbytes for spec in form.specs(rows, columns).values())
+            packed += linear_bytes(form, rows, columns)
             if isinstance(form, IntGrouped) and plan.compute == "int8":
                 # Scales widened to float32, and a sum of each group's codes beside them.
                 packed += 8 * rows * columns // form.group_size

@@ -8,8 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from export import pipeline
-from export.allocation import Effects, allocate, pooled_effects, some_texts
-from export.groups import read_tensor
+from export.allocation import allocate, pooled_effects, some_texts
 from export.hidden_states import DOWN, MLP, STAGES
 from export.pipeline import export
 from export.sources import open_source
@@ -19,7 +18,7 @@ from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.variants import HIGH, LOW, formats_for
-from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint, layer_weights
+from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.errors import InputError
@@ -59,7 +58,7 @@ def test_effects_are_those_of_models_with_one_stage_quantized(
     export(source, tmp_path / "fp16", contract, variants=["fp16"], onnx=False)
     exact = Bundle(tmp_path / "fp16")
     texts = some_texts(_encoded(exact, contract))[:12]
-    effects = _effects(checkpoint, texts, contract, tmp_path)
+    effects = pooled_effects(source, contract, "F16", texts, tmp_path)
     config = source.config
     assert set(effects) == {(i, stage) for i in range(config.num_hidden_layers) for stage in STAGES}
 
@@ -82,37 +81,23 @@ def _encoded(bundle: Bundle, contract: Contract) -> list[EncodedText]:
     return Runner(bundle, plan).tokenizer.encode_rows(CALIBRATION)
 
 
-def _effects(
-    checkpoint: Path, texts: list[EncodedText], contract: Contract, folder: Path
-) -> Effects:
-    source = open_source(checkpoint)
-    config = source.config
-    plain = formats_for("fp16", config, "F16")
-    layers = (
-        layer_weights(index, config, plain, lambda name: read_tensor(source, name, "F16"))
-        for index in range(config.num_hidden_layers)
-    )
-    embedding, norm = read_tensor(source, EMBEDDING, "F16"), read_tensor(source, FINAL_NORM, "F16")
-    return pooled_effects(texts, config, contract, embedding, layers, norm, LOW, folder)
-
-
 def test_the_largest_effects_for_their_size_get_8_bits(checkpoint: Path) -> None:
     config = open_source(checkpoint).config
     effects = {
         (index, stage): 1e-6 for index in range(config.num_hidden_layers) for stage in STAGES
     }
     effects |= {(1, DOWN): 0.1, (0, MLP): 0.001}
-    formats = allocate(effects, config, LOW, HIGH, 5)
+    formats = allocate(effects, config, 5)
     assert formats["layers.1.mlp.down_proj"] == HIGH
-    least = allocate(effects, config, LOW, HIGH, 4.3)
+    least = allocate(effects, config, 4.3)
     assert set(least.values()) == {LOW}
-    assert set(allocate(effects, config, LOW, HIGH, 8.5).values()) == {HIGH}
+    assert set(allocate(effects, config, 8.5).values()) == {HIGH}
 
 
 def test_a_budget_below_four_bits_and_their_scales_is_an_error(checkpoint: Path) -> None:
     config = open_source(checkpoint).config
     with pytest.raises(InputError, match=r"--bits must be at least 4\.2.* got 4$"):
-        allocate({(0, DOWN): 1.0}, config, LOW, HIGH, 4)
+        allocate({(0, DOWN): 1.0}, config, 4)
 
 
 def test_the_budget_is_kept_and_nearly_spent(mixed: Bundle) -> None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.calibration import Calibration
-from export.pipeline import Progress, export
+from export.pipeline import export
 from export.sources import open_source
 from lowmem import data
 from lowmem.artifact.manifest import Bundle
@@ -24,6 +24,7 @@ from lowmem.compute.torch_engine import TorchEngine
 from lowmem.data import Row
 from lowmem.errors import CapacityError, InputError
 from lowmem.fidelity import metrics
+from lowmem.progress import Progress
 from lowmem.text.batching import pack
 from lowmem.text.tokenizer import Tokenizer
 from tests.models import CONTRACT, tiny_checkpoint

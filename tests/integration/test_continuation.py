@@ -16,11 +16,12 @@ import pytest
 
 from export import identity, linking, pipeline
 from export.journal import Journal
-from export.pipeline import Progress, export
+from export.pipeline import export
 from export.sources import open_source
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.variants import recipe_for
 from lowmem.errors import BundleError, CapacityError, InputError
+from lowmem.progress import Progress
 from tests.models import CONTRACT, tiny_checkpoint
 
 GROUPS = 5  # embedding, three layers, final norm

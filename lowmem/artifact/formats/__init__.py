@@ -16,6 +16,7 @@ from lowmem.artifact.formats.stanza import quantization_config, read_formats
 
 Format = Plain | Int8Channel | IntGrouped | BnbInt8 | BnbNf4
 
+
 __all__ = [
     "BnbInt8",
     "BnbNf4",
@@ -23,6 +24,12 @@ __all__ = [
     "Int8Channel",
     "IntGrouped",
     "Plain",
+    "linear_bytes",
     "quantization_config",
     "read_formats",
 ]
+
+
+def linear_bytes(form: Format, out_features: int, in_features: int) -> int:
+    """What a linear takes on disk: codes, scales and whatever else its format keeps."""
+    return sum(spec.nbytes for spec in form.specs(out_features, in_features).values())
