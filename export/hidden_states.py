@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.scratch import mapped
 from lowmem.artifact.config import NORMS, ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.tensors import RawTensor
@@ -26,6 +25,7 @@ from lowmem.compute.decoder import Rotation, rms_norm
 from lowmem.compute.operations.plain import round_rows
 from lowmem.compute.operations.products import reproducible_product
 from lowmem.compute.pooling import mean_pool
+from lowmem.scratch import mapped
 from lowmem.text.batching import EncodedText, pack
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -111,7 +111,8 @@ class Texts:
 
     def scratch(self, features: int) -> Tensor:
         """Zeros on the disk, float32 ``[tokens, features]``."""
-        return mapped(self._directory, (self.tokens, features))
+        shape = (self.tokens, features)
+        return torch.from_numpy(mapped(self._directory, shape, "calibration"))
 
     @property
     def rows(self) -> list[slice]:

@@ -46,6 +46,7 @@ class Embedder:
     Attributes:
         plan: What runs, and why it was chosen.
         contract: How texts become ids, and hidden states a vector.
+        dimensions: Length of a vector that is not truncated.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -98,6 +99,11 @@ class Embedder:
     def plan(self) -> Plan:
         """What runs; ``plan.reason`` says why."""
         return self._runner.plan
+
+    @property
+    def dimensions(self) -> int:
+        """Length of a vector that is not truncated."""
+        return self._runner.hidden_size
 
     @property
     def contract(self) -> Contract:
@@ -190,6 +196,7 @@ class Embedder:
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
         truncate: bool = False,
+        out: Vectors | None = None,
     ) -> Vectors:
         """Embeds texts that each have a prompt of their own.
 
@@ -202,9 +209,11 @@ class Embedder:
             normalize_embeddings: Whether vectors have unit length; None follows the contract.
             truncate_dim: How many leading dimensions to keep.
             truncate: Whether to cut texts that are too long.
+            out: Where all dimensions of the vectors go, float32 ``[texts, dimensions]``, such as
+                a mapped file; a new array by default.
 
         Returns:
-            float32 ``[texts, dimensions]``.
+            float32 ``[texts, dimensions]``; ``out``, if it was given and nothing is cut off.
 
         Raises:
             InputError: A text is empty or too long, or an option cannot be served.
@@ -212,9 +221,9 @@ class Embedder:
         """
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
-        if truncate_dim is not None and not 1 <= truncate_dim <= self._runner.hidden_size:
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.dimensions:
             raise InputError(
-                f"truncate_dim must be from 1 to {self._runner.hidden_size}, got {truncate_dim}"
+                f"truncate_dim must be from 1 to {self.dimensions}, got {truncate_dim}"
             )
         encoded = self._runner.tokenizer.encode(texts, prompts, truncate=truncate, names=names)
         cut = [row for row, text in enumerate(encoded) if text.cut_tokens]
@@ -232,7 +241,7 @@ class Embedder:
             normalize = normalize_embeddings
         with bar("embedding", len(encoded), shown=show_progress_bar) as advance:
             vectors = self._runner.embed(
-                encoded, normalize=normalize, batch_size=batch_size, on_texts=advance
+                encoded, normalize=normalize, batch_size=batch_size, on_texts=advance, out=out
             )
         if truncate_dim is None:
             return vectors

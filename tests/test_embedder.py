@@ -1,6 +1,7 @@
 """The one public class, over a tiny exported bundle."""
 
 import logging
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -336,3 +337,20 @@ def test_importing_lowmem_loads_nothing_heavy() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_vectors_go_where_they_are_wanted(model: Embedder) -> None:
+    texts = ["one", "two", "one"]
+    out = np.full((3, model.dimensions), np.nan, np.float32)
+    assert model.embed(texts, [""] * 3, out=out) is out
+    np.testing.assert_array_equal(out, model.embed(texts, [""] * 3))
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(2, np.float32), (1, np.float64)])
+def test_vectors_that_do_not_fit_where_they_are_wanted_are_refused(
+    model: Embedder, rows: int, dtype: type
+) -> None:
+    out = np.zeros((rows, model.dimensions), dtype)
+    message = f"out must be float32 [1, {model.dimensions}], got {out.dtype} {list(out.shape)}"
+    with pytest.raises(InputError, match=re.escape(message)):
+        model.embed(["one"], [""], out=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.weights import Checkpoint
 from lowmem.cli import options
 from lowmem.errors import InputError
+from lowmem.scratch import mapped
 from lowmem.text.files import InputRow, check_output, read_rows, write_vectors
 from lowmem.text.tokenizer import Tokenizer
 
@@ -63,6 +65,7 @@ def embed(
         names=names,
         truncate=truncate,
         show_progress_bar=True,
+        out=mapped(output.resolve().parent, (len(rows), model.dimensions), "embedding"),
     )
     write_vectors(output, rows, vectors)
     typer.echo(f"{len(vectors)} vectors of {vectors.shape[1]} dimensions in {output}")
@@ -72,7 +75,8 @@ def _before_planning(
     bundle: Bundle, rows: Sequence[InputRow], file: Path, truncate: bool
 ) -> tuple[list[str], list[str]]:
     """Prompts and names of the rows; refuses texts that are too long, which timing would delay."""
-    prompts = [bundle.contract.prompt(row.input_type, row.task) for row in rows]
+    prompt = functools.cache(bundle.contract.prompt)
+    prompts = [prompt(row.input_type, row.task) for row in rows]
     names = [f"line {row.line} of {file.name}" for row in rows]
     # A token has at least one byte, so only these can have too many.
     most_bytes = bundle.contract.max_seq_length - bundle.contract.special_tokens

@@ -15,7 +15,7 @@ from lowmem.artifact.variants import ROUNDED
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.plan import Plan
 from lowmem.errors import BackendError, InputError
-from lowmem.text.batching import EncodedText, PackedBatch, duplicates, pack
+from lowmem.text.batching import Batch, EncodedText, PackedBatch, arrange, duplicates
 from lowmem.text.tokenizer import Tokenizer
 
 Vectors = NDArray[np.float32]
@@ -78,6 +78,7 @@ class Runner:
         batch_size: int | None = None,
         must_be_finite: bool = True,
         on_texts: Callable[[int], None] = lambda texts: None,
+        out: Vectors | None = None,
     ) -> Vectors:
         """Vectors of tokenized texts.
 
@@ -88,9 +89,10 @@ class Runner:
             must_be_finite: Whether NaN or infinity is an error, as it is for every caller but one
                 that counts such vectors.
             on_texts: Told how many of the texts have just been finished.
+            out: Where the vectors go, float32 ``[texts, hidden_size]``; a new array by default.
 
         Returns:
-            float32 ``[texts, hidden_size]``, in the order given.
+            ``out``, in the order given.
 
         Raises:
             BackendError: A vector is not finite.
@@ -101,32 +103,39 @@ class Runner:
                 f"the plan {self.plan.id} normalises inside its graph: normalize_embeddings=False "
                 "needs a torch plan"
             )
-        vectors = np.zeros((len(texts), self.hidden_size), np.float32)
-        if not texts:
-            return vectors
+        shape = (len(texts), self.hidden_size)
+        vectors = np.empty(shape, np.float32) if out is None else out
+        if vectors.shape != shape or vectors.dtype != np.float32:
+            raise InputError(
+                f"out must be float32 {list(shape)}, got {vectors.dtype} {list(vectors.shape)}"
+            )
         first_rows = duplicates(texts)
-        batches = pack(
+        copies = np.bincount(first_rows, minlength=len(texts))
+        is_broken = np.zeros(len(texts), np.bool_)
+        batches = arrange(
             texts,
+            np.unique(first_rows),
             self.plan.batch_tokens,
             batch_size=batch_size,
-            pooling=self.contract.pooling,
             shortest_prefix=shortest_prefix(self.plan, self.contract, self._rounds_prefixes),
         )
-        copies = np.bincount(first_rows, minlength=len(texts))
         for window in self._windows(batches):
-            for batch, embedded in zip(window, self._engine.embed(window), strict=True):
-                vectors[batch.rows] = embedded
-            on_texts(sum(int(copies[batch.rows].sum()) for batch in window))
-        repeated = np.flatnonzero(first_rows != np.arange(len(texts)))
-        vectors[repeated] = vectors[first_rows[repeated]]
-        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+            packed = [batch.pack(texts, self.contract.pooling) for batch in window]
+            for batch, embedded in zip(packed, self._engine.embed(packed), strict=True):
+                is_broken[batch.rows] = ~np.isfinite(embedded).all(axis=1)
+                is_done = self.normalizes or not normalize
+                vectors[batch.rows] = embedded if is_done else unit_length(embedded)
+            on_texts(sum(int(copies[batch.rows].sum()) for batch in packed))
+        for row in np.flatnonzero(first_rows != np.arange(len(texts))):
+            vectors[row] = vectors[first_rows[row]]
+        broken = np.flatnonzero(is_broken[first_rows])
         if must_be_finite and len(broken):
             more = f" and {len(broken) - _MOST_NAMED} more" if len(broken) > _MOST_NAMED else ""
             raise BackendError(
                 f"the plan {self.plan.id} gave vectors that are not finite, for texts "
                 f"{', '.join(map(str, broken[:_MOST_NAMED]))}{more}: choose another compute"
             )
-        return unit_length(vectors) if normalize and not self.normalizes else vectors
+        return vectors
 
     @property
     def waited_seconds(self) -> float:
@@ -142,9 +151,9 @@ class Runner:
 
         return int(torch.cuda.max_memory_reserved())
 
-    def _windows(self, batches: Sequence[PackedBatch]) -> list[list[PackedBatch]]:
+    def _windows(self, batches: Sequence[Batch]) -> list[list[Batch]]:
         """Batches that the engine gets at once: as many as share a reading of the weights."""
-        windows: list[list[PackedBatch]] = []
+        windows: list[list[Batch]] = []
         tokens = 0
         for batch in batches:
             tokens += batch.tokens

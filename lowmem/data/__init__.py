@@ -26,7 +26,7 @@ from lowmem.errors import InputError
 NAMES = ("probe", "quick", "calibration", "workloads")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One text.
 

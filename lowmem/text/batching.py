@@ -8,6 +8,7 @@ are computed once for the batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EncodedText:
     """One text as the model gets it.
 
@@ -92,6 +93,41 @@ class PackedBatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Texts that will share a pass, of which nothing is copied yet.
+
+    Attributes:
+        rows: Whose vectors these are, longest text first.
+        prefix: Ids that stand before every text of the batch, ``[prefix tokens]``; may be empty.
+        tokens: Tokens computed in a pass, the prefix not counted.
+    """
+
+    rows: Sequence[int]
+    prefix: Ids
+    tokens: int
+
+    def pack(self, texts: Sequence[EncodedText], pooling: str) -> PackedBatch:
+        """Copies the texts end to end.
+
+        Args:
+            texts: All texts, of which ``rows`` are some.
+            pooling: The contract's pooling, which says which tokens are pooled.
+        """
+        pieces, masks = [], []
+        for row in self.rows:
+            ids = texts[row].input_ids
+            mask = np.zeros(len(ids), np.bool_)
+            if pooling == "lasttoken":
+                mask[-1] = True
+            else:
+                mask[texts[row].pooled_from :] = True
+            pieces.append(ids[len(self.prefix) :])
+            masks.append(mask[len(self.prefix) :])
+        rows = np.array(self.rows, np.int64)
+        return _pack(pieces, masks, rows, self.prefix if len(self.prefix) else None)
+
+
 def pack(
     texts: Sequence[EncodedText],
     batch_tokens: int,
@@ -100,71 +136,77 @@ def pack(
     pooling: str = "lasttoken",
     shortest_prefix: int | None = None,
 ) -> list[PackedBatch]:
-    """Sorts, deduplicates and packs texts into batches.
+    """Arranges distinct texts in batches, and packs them all: ``arrange`` and ``Batch.pack``."""
+    batches = arrange(
+        texts,
+        np.unique(duplicates(texts)),
+        batch_tokens,
+        batch_size=batch_size,
+        shortest_prefix=shortest_prefix,
+    )
+    return [batch.pack(texts, pooling) for batch in batches]
+
+
+def arrange(
+    texts: Sequence[EncodedText],
+    rows: Ids,
+    batch_tokens: int,
+    *,
+    batch_size: int | None = None,
+    shortest_prefix: int | None = None,
+) -> list[Batch]:
+    """Sorts texts and cuts them into batches.
 
     Args:
-        texts: The texts; position i becomes row i.
+        texts: The texts; position i is row i.
+        rows: Which of them, ``[rows]``: of equal ones the first, as ``duplicates`` finds them.
         batch_tokens: Most tokens of a batch, the prefix not counted; a longer text gets a batch of
             its own.
         batch_size: Most texts of a batch, or None.
-        pooling: The contract's pooling, which says which tokens are pooled.
         shortest_prefix: Fewest tokens of a prefix that is left out of its texts, or None where
             none is. Only sound where attention is causal, the prefix is not pooled, and the engine
             computes it apart.
 
     Returns:
-        Batches, longest texts first, so that what does not fit in memory shows at once. Equal
-        texts appear once, as the first of their rows; ``duplicates`` finds the others.
+        Batches, longest texts first, so that what does not fit in memory shows at once.
     """
-    first_rows = np.unique(duplicates(texts))
     groups: dict[bytes, list[int]] = {}
-    for row in first_rows.tolist():
+    for row in rows.tolist():
         text = texts[row]
         is_shared = shortest_prefix is not None and text.prefix_tokens >= shortest_prefix
         prefix = text.input_ids[: text.prefix_tokens if is_shared else 0]
         groups.setdefault(prefix.tobytes(), []).append(row)
     batches = []
-    for key, rows in groups.items():
+    for key, group in groups.items():
         prefix = np.frombuffer(key, np.int64)
-        rows.sort(key=lambda row: (-len(texts[row].input_ids), row))
+        group.sort(key=lambda row: (-len(texts[row].input_ids), row))
         begin = 0
-        while begin < len(rows):
+        while begin < len(group):
             end, tokens = begin, 0
-            while end < len(rows) and (batch_size is None or end - begin < batch_size):
-                tokens += len(texts[rows[end]].input_ids) - len(prefix)
-                if tokens > batch_tokens and end > begin:
+            while end < len(group) and (batch_size is None or end - begin < batch_size):
+                more = len(texts[group[end]].input_ids) - len(prefix)
+                if tokens + more > batch_tokens and end > begin:
                     break
+                tokens += more
                 end += 1
-            batches.append(_pack_rows(texts, rows[begin:end], prefix, pooling))
+            batches.append(Batch(group[begin:end], prefix, tokens))
             begin = end
-    batches.sort(key=lambda batch: -int(np.diff(batch.cu_seqlens).max()))
+    batches.sort(key=lambda batch: len(batch.prefix) - len(texts[batch.rows[0]].input_ids))
     return batches
 
 
 def duplicates(texts: Sequence[EncodedText]) -> Ids:
     """For each row, the first row with the same ids, prefix and pooling, ``[rows]``."""
-    seen: dict[tuple[bytes, int, int], int] = {}
-    first = [
-        seen.setdefault((text.input_ids.tobytes(), text.prefix_tokens, text.pooled_from), row)
-        for row, text in enumerate(texts)
-    ]
-    return np.array(first, np.int64)
+    seen: dict[bytes, int] = {}
+    return np.array(
+        [seen.setdefault(_digest(text), row) for row, text in enumerate(texts)], np.int64
+    )
 
 
-def _pack_rows(
-    texts: Sequence[EncodedText], rows: Sequence[int], prefix: Ids, pooling: str
-) -> PackedBatch:
-    pieces, masks = [], []
-    for row in rows:
-        ids = texts[row].input_ids
-        mask = np.zeros(len(ids), np.bool_)
-        if pooling == "lasttoken":
-            mask[-1] = True
-        else:
-            mask[texts[row].pooled_from :] = True
-        pieces.append(ids[len(prefix) :])
-        masks.append(mask[len(prefix) :])
-    return _pack(pieces, masks, np.array(rows, np.int64), prefix if len(prefix) else None)
+def _digest(text: EncodedText) -> bytes:
+    """Tells texts apart in 16 bytes: no two in 10^15 texts are expected to share them."""
+    numbers = np.array([text.prefix_tokens, text.pooled_from], np.int64)
+    return hashlib.blake2b(numbers.tobytes() + text.input_ids.tobytes(), digest_size=16).digest()
 
 
 def _pack(

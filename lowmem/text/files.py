@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import itertools
 import json
 import os
@@ -26,15 +25,16 @@ from lowmem.artifact import strict_json
 from lowmem.cache import replacing
 from lowmem.data import Row
 from lowmem.errors import CapacityError, InputError, missing_extra
+from lowmem.scratch import NO_ROOM
 
 _INPUT_TYPES = ("query", "document")
 _OWN_KEYS = ("id", "input_type", "task", "lang")
 _MOST_LISTED = 10
+_PART_ROWS = 4096
 _EMPTY = "is empty: every row needs a text"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputRow(Row):
     """A row and where it starts: its line, or its number in a .parquet file, both from 1."""
 
@@ -155,7 +155,7 @@ def write_vectors(path: Path, rows: Sequence[Row], vectors: NDArray[np.float32])
         BackendError: pyarrow is needed and not installed.
     """
     is_fit = vectors.ndim == 2 and len(vectors) == len(rows) and vectors.dtype == np.float32
-    if not is_fit or not np.isfinite(vectors).all():
+    if not is_fit or not all(np.isfinite(vectors[part]).all() for part in _parts(vectors)):
         raise InputError(
             f"vectors must be finite float32 [{len(rows)}, dim], "
             f"got {vectors.dtype} {list(vectors.shape)} for {path}"
@@ -165,7 +165,7 @@ def write_vectors(path: Path, rows: Sequence[Row], vectors: NDArray[np.float32])
         with replacing(Path(os.path.realpath(path))) as file:
             write(file, rows, vectors)
     except OSError as error:
-        kind = CapacityError if error.errno in _NO_ROOM else InputError
+        kind = CapacityError if error.errno in NO_ROOM else InputError
         raise kind(f"{path} cannot be written: {_reason(error)}") from error
 
 
@@ -343,10 +343,22 @@ def _write_jsonl(file: BinaryIO, rows: Sequence[Row], vectors: NDArray[np.float3
 
 def _write_parquet(file: BinaryIO, rows: Sequence[Row], vectors: NDArray[np.float32]) -> None:
     pyarrow = _pyarrow("writing")
-    ids = pyarrow.array([row.id for row in rows], pyarrow.string())
-    flat = pyarrow.array(np.ascontiguousarray(vectors).reshape(-1))
-    embedding = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    pyarrow.parquet.write_table(pyarrow.table({"id": ids, "embedding": embedding}), file)
+    vector = pyarrow.list_(pyarrow.float32(), vectors.shape[1])
+    schema = pyarrow.schema([("id", pyarrow.string()), ("embedding", vector)])
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for part in _parts(vectors):
+            flat = pyarrow.array(np.ascontiguousarray(vectors[part]).reshape(-1))
+            columns = [
+                pyarrow.array([row.id for row in rows[part]], pyarrow.string()),
+                pyarrow.FixedSizeListArray.from_arrays(flat, type=vector),
+            ]
+            writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+
+
+def _parts(vectors: NDArray[np.float32]) -> Iterator[slice]:
+    """Rows that are looked at together, of vectors that may lie on the disk."""
+    for begin in range(0, len(vectors), _PART_ROWS):
+        yield slice(begin, begin + _PART_ROWS)
 
 
 def _pyarrow(doing: str) -> Any:

@@ -7,7 +7,7 @@ in front of its EOS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from lowmem.errors import BundleError, InputError
 from lowmem.text.batching import EncodedText, Ids
 
 _MOST_NAMED = 10
+_TEXTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,19 @@ class Tokenizer:
                 texts are named, up to ten. A prompt leaves no room for a text.
         """
         names = names or [f"text {row}" for row in range(len(texts))]
-        whole = self._encode_pieces(texts, prompts, names)
-        empty = [
-            name
-            for name, text, pieces in zip(names, texts, whole, strict=True)
-            if not text.strip() or not pieces
-        ]
-        if empty:
-            raise InputError(f"a text must not be empty or blank: {_named(empty)}")
+        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        bad = [name for name, text in zip(names, whole, strict=True) if not _is_unicode(text)]
+        if bad:
+            raise InputError(f"a text must be valid Unicode: {_named(bad)}")
         known = {prompt: self._prompt(prompt) for prompt in dict.fromkeys(prompts)}
         contract = self._contract
         room = contract.max_seq_length - contract.special_tokens
-        encoded, too_long = [], []
-        for prompt, name, pieces in zip(prompts, names, whole, strict=True):
+        encoded, empty, too_long = [], [], []
+        pieces_of_all = self._pieces_of(whole)
+        for text, prompt, name, pieces in zip(texts, prompts, names, pieces_of_all, strict=True):
+            if not text.strip() or not pieces:
+                empty.append(name)
+                continue
             cut = max(0, len(pieces) - room)
             if cut and not truncate:
                 too_long.append(f"{name} ({len(pieces) + contract.special_tokens} tokens)")
@@ -115,6 +116,8 @@ class Tokenizer:
             # A word that the prompt's last piece has merged into may be the whole text.
             pooled_from = min(known[prompt].pooled_from, len(ids) - 1) if prompt else 0
             encoded.append(EncodedText(ids, len(prefix) if shared else 0, pooled_from, cut))
+        if empty:
+            raise InputError(f"a text must not be empty or blank: {_named(empty)}")
         if too_long:
             raise InputError(
                 f"a text may have {contract.max_seq_length} tokens, prompt and special tokens "
@@ -133,17 +136,14 @@ class Tokenizer:
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of bare texts, without prompt, special tokens or limit."""
-        encodings = self._pieces.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return list(self._pieces_of(texts))
 
-    def _encode_pieces(
-        self, texts: Sequence[str], prompts: Sequence[str], names: Sequence[str]
-    ) -> list[list[int]]:
-        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        bad = [name for name, text in zip(names, whole, strict=True) if not _is_unicode(text)]
-        if bad:
-            raise InputError(f"a text must be valid Unicode: {_named(bad)}")
-        return self.pieces(whole)
+    def _pieces_of(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        # What the library gives for a text takes many times its size, so not of all at once.
+        for begin in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = texts[begin : begin + _TEXTS_AT_ONCE]
+            for encoding in self._pieces.encode_batch_fast(some, add_special_tokens=False):
+                yield encoding.ids
 
     def _with_special_tokens(self, pieces: Sequence[int]) -> Ids:
         bos, eos = self._contract.bos_token_id, self._contract.eos_token_id

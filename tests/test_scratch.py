@@ -1,0 +1,46 @@
+"""Arrays in files without a name."""
+
+import os
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowmem.errors import CapacityError
+from lowmem.measure import MemoryPeak
+from lowmem.scratch import mapped
+
+
+def test_an_array_is_zeros_that_can_be_written_and_leaves_no_file(tmp_path: Path) -> None:
+    array = mapped(tmp_path, (3, 5), "a test")
+    assert array.dtype == np.float32
+    assert array.shape == (3, 5)
+    assert not array.any()
+    array[1] = 7
+    assert array.sum() == 35
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_in_the_file_is_no_memory_of_the_process(tmp_path: Path) -> None:
+    with MemoryPeak(os.getpid()) as peak:
+        while not peak.bytes:
+            time.sleep(0.01)
+        before = peak.bytes
+        array = mapped(tmp_path, (32, 2**20), "a test")  # 128 MiB
+        for row in array:
+            row[:] = 1
+            time.sleep(0.01)
+    assert peak.bytes - before < 2**25
+
+
+def test_a_file_that_has_no_room_is_one_clear_error(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CapacityError, match="^the disk is full: a test needs 4000000 bytes"):
+            mapped(tmp_path, (1000, 1000), "a test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
