@@ -39,7 +39,7 @@ def test_a_file_that_has_no_room_is_one_clear_error(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(CapacityError, match="^the disk is full: a test needs 4000000 bytes"):
+        with pytest.raises(CapacityError, match=r"^the disk is full: a test needs 4000000 bytes"):
             mapped(tmp_path, (1000, 1000), "a test")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
