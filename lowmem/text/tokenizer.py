@@ -20,7 +20,8 @@ from lowmem.errors import BundleError, InputError
 from lowmem.text.batching import EncodedText, Ids
 
 _MOST_NAMED = 10
-_TEXTS_AT_ONCE = 1024
+# The tokenizers library holds about 120 bytes a token until it is done with a call.
+_CHARACTERS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,8 @@ class Tokenizer:
         return list(self._pieces_of(texts))
 
     def _pieces_of(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        # What the library gives for a text takes many times its size, so not of all at once.
-        for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-            some = texts[begin : begin + _TEXTS_AT_ONCE]
-            for encoding in self._pieces.encode_batch_fast(some, add_special_tokens=False):
+        for part in _parts(texts):
+            for encoding in self._pieces.encode_batch_fast(part, add_special_tokens=False):
                 yield encoding.ids
 
     def _with_special_tokens(self, pieces: Sequence[int]) -> Ids:
@@ -162,6 +161,17 @@ class Tokenizer:
         before = [] if contract.bos_token_id is None else [contract.bos_token_id]
         instruction = self._pieces.encode(prompt.rstrip(" "), add_special_tokens=False).ids
         return _Prompt(len(before) + len(instruction), np.array([*before, *pieces[:-1]], np.int64))
+
+
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Cuts texts into runs of about so many characters, a longer text by itself."""
+    begin = characters = 0
+    for row, text in enumerate(texts):
+        if characters and characters + len(text) > _CHARACTERS_AT_ONCE:
+            yield texts[begin:row]
+            begin, characters = row, 0
+        characters += len(text)
+    yield texts[begin:]
 
 
 def _is_unicode(text: str) -> bool:

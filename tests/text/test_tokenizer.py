@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -284,6 +285,31 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str | N
         path.write_text(content)
     with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer\.json: "):
         Tokenizer(path, CONTRACT, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("characters", [1, 7, 40])
+def test_texts_are_encoded_alike_in_parts(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, characters: int
+) -> None:
+    texts = ["one", "a longer text than that", "x", "yes", "no", "and one more of them"]
+    whole = [text.input_ids.tolist() for text in tokenizer.encode(texts, [QUERY] * len(texts))]
+    calls = []
+    encode = PieceTokenizer.encode_batch_fast
+
+    class Counted:
+        def encode_batch_fast(self, part: Sequence[str], **options: Any) -> Any:
+            calls.append(len(part))
+            return encode(tokenizer._pieces, part, **options)
+
+        def encode(self, *args: Any, **options: Any) -> Any:
+            return tokenizer._pieces.encode(*args, **options)
+
+    parts = copy(tokenizer)
+    parts._pieces = Counted()  # type: ignore[assignment]
+    monkeypatch.setattr("lowmem.text.tokenizer._CHARACTERS_AT_ONCE", characters)
+    found = [text.input_ids.tolist() for text in parts.encode(texts, [QUERY] * len(texts))]
+    assert found == whole
+    assert calls == {1: [1] * 6, 7: [1] * 6, 40: [2, 3, 1]}[characters]
 
 
 def test_no_texts_give_nothing(tokenizer: Tokenizer) -> None:
