@@ -237,7 +237,17 @@ def _tokenized(
     with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
         path = Path(folder) / TOKENIZER
         path.write_bytes(tokenizer)
-        return Tokenizer(path, contract, vocab_size).encode_rows(rows)
+        encoded = Tokenizer(path, contract, vocab_size).encode_rows(rows)
+    cut = [row.id for row, text in zip(rows, encoded, strict=True) if text.cut_tokens]
+    if cut:
+        logger.warning(
+            "calibration texts cut to %d tokens: %d of %d; the first is %s",
+            contract.max_seq_length,
+            len(cut),
+            len(rows),
+            cut[0],
+        )
+    return encoded
 
 
 def _existing(bundle: Path) -> Path:

@@ -142,11 +142,13 @@ def test_a_budget_of_bits_is_a_variant_of_its_own(bundle, tmp_path):
 
 
 def test_export_is_steered_by_texts_of_ones_own(bundle, tmp_path):
-    (tmp_path / "texts.txt").write_text("One text.\nAnother text, and a longer one.\n")
+    long = "and so on " * 1000
+    (tmp_path / "texts.txt").write_text(f"One text.\nAnother text, and a longer one.\n{long}\n")
     contract = ("--contract", bundle.parent / "contract.json")
     options = ("--variants", "int4", "--no-onnx", "--calibration", tmp_path / "texts.txt")
     done = lowmem("export", bundle.parent / "checkpoint", tmp_path / "own", *contract, *options)
     assert "calibrating: 5 steps" in done.stderr
+    assert "tokens: 1 of 3; the first is 3" in done.stderr
     manifest = json.loads((tmp_path / "own" / "lowmem.json").read_text())
     jsonschema.validate(manifest, schemas.load("manifest"))
     assert len(manifest["variants"]["int4"]["recipe"]["calibration"]) == 64
