@@ -172,7 +172,13 @@ class Site:
             self._drop_page_cache()
         subject = self.subject()
         formats = subject.formats[plan.variant]
-        predicted, _ = memory.predict(plan, subject.config, subject.dtype, formats)
+        predicted, _ = memory.predict(
+            plan,
+            subject.config,
+            subject.dtype,
+            formats,
+            has_vnni=hardware.probe().has_vnni,
+        )
         ceiling = STREAMED_BYTES if plan.schedule == "streamed" else RESIDENT_BYTES
         if plan.engine == "onnxruntime":
             ceiling += memory.stored_bytes(subject.config, formats)

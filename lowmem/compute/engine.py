@@ -212,6 +212,7 @@ def _open_engine(bundle: Bundle, checkpoint: Checkpoint, plan: Plan) -> Engine:
             rounds_prefixes=rounds_prefixes(plan, bundle.variant(plan.variant).recipe),
             threads=plan.threads,
         )
+    from lowmem.compute import onnx_selftest
     from lowmem.compute.onnx_engine import OnnxEngine
 
     graphs = bundle.variant(plan.variant).graphs
@@ -220,6 +221,12 @@ def _open_engine(bundle: Bundle, checkpoint: Checkpoint, plan: Plan) -> Engine:
         raise InputError(
             f"{plan.variant} has no graph for compute {plan.compute}: it has {graphs} "
             f"({bundle.path})"
+        )
+    is_rounded = plan.compute == "int8" and plan.device == "cpu"
+    if is_rounded and not onnx_selftest.is_exact(checkpoint.formats.values(), plan.threads):
+        raise BackendError(
+            f"8-bit products of onnxruntime are not exact on this CPU: {plan.id} would give wrong "
+            "vectors; choose another engine or compute"
         )
     return OnnxEngine(
         checkpoint.directory, graph, bundle.contract, plan.device, threads=plan.threads

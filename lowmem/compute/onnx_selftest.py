@@ -1,8 +1,9 @@
 """Whether ONNX Runtime's integer kernels are exact on this machine.
 
 On x86 without VNNI a product of uint8 and int8 is summed in pairs of 16 bits, which saturates:
-results are wrong by thousands, with no error. So before an ``int8`` plan is believed, its operators
-multiply extreme values here, through a session like any other, and every result must be exact.
+results are wrong by thousands, with no error. Sessions ask for other kernels there. But before an
+``int8`` plan is believed, its operators multiply extreme values here, through a session like any
+other, and every result must be exact.
 
 The models are a few fields of protobuf, written out by hand (``onnx.proto`` of
 https://github.com/onnx/onnx), so that the runtime needs neither ``onnx`` nor ``onnx_ir``.
@@ -10,12 +11,13 @@ https://github.com/onnx/onnx), so that the runtime needs neither ``onnx`` nor ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem.artifact.formats import Format, Int8Channel, IntGrouped
 from lowmem.artifact.formats.int_grouped import pack
 from lowmem.compute.onnx_engine import import_onnxruntime, session_options
 
@@ -30,6 +32,27 @@ _ROWS = (1, 3, 64)
 
 _Field = tuple[int, int | str | bytes]
 """Number and value of one field of a protobuf message."""
+
+
+def is_exact(formats: Iterable[Format], threads: int) -> bool:
+    """Whether the operators that multiply codes of these formats by rounded inputs are exact.
+
+    Args:
+        formats: Formats of a variant's linears.
+        threads: CPU threads of the session.
+
+    Raises:
+        BackendError: onnxruntime is not installed.
+    """
+    different = set(formats)
+    if any(isinstance(form, Int8Channel) for form in different):
+        if not matmul_integer_is_exact(threads):
+            return False
+    return all(
+        matmul_nbits_is_exact(form.bits, form.group_size, threads)
+        for form in different
+        if isinstance(form, IntGrouped)
+    )
 
 
 def matmul_integer_is_exact(threads: int) -> bool:

@@ -115,7 +115,8 @@ class Hardware:
         """Sums four 8-bit products straight into 32 bits.
 
         Without it, x86 kernels for u8×s8 add pairs of products in 16 bits, which saturates: fast
-        and wrong. aarch64's dot product (``asimddp``, ``i8mm``) is exact like VNNI.
+        and wrong; those for u8×u8 are exact. aarch64's dot product (``asimddp``, ``i8mm``) is
+        exact like VNNI.
         """
         exact = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
         return not exact.isdisjoint(self.cpu_features)

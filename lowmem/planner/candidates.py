@@ -199,7 +199,9 @@ def _plan(
 def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     """Predicts a plan's memory, and says so if it is more than there is."""
     formats = subject.formats[plan.variant]
-    host, device = memory.predict(plan, subject.config, subject.dtype, formats)
+    host, device = memory.predict(
+        plan, subject.config, subject.dtype, formats, has_vnni=hardware.has_vnni
+    )
     plan = plan.with_(host_bytes=host, device_bytes=device)
     if host > hardware.host_free_bytes:
         return plan.with_(
@@ -246,8 +248,6 @@ def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:
     if plan.engine == "onnxruntime":
         if plan.compute == "fp16":
             return "the fp16 graph is for CUDA"
-        if plan.compute == "int8" and not hardware.has_vnni:
-            return "8-bit kernels saturate on a CPU without VNNI"
         return None
     if plan.compute == "bf16" and not hardware.has_native_bf16:
         return "this CPU does not multiply bf16 natively"

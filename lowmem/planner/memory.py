@@ -34,7 +34,12 @@ PRODUCT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp16-acc16": 2, "int8": 4, "f
 
 
 def predict(
-    plan: Plan, config: ModelConfig, dtype: str, formats: Mapping[str, Format]
+    plan: Plan,
+    config: ModelConfig,
+    dtype: str,
+    formats: Mapping[str, Format],
+    *,
+    has_vnni: bool = True,
 ) -> tuple[int, int]:
     """Peak memory of a plan.
 
@@ -43,12 +48,13 @@ def predict(
         config: The model's shape.
         dtype: F16 or BF16, of everything but the linears.
         formats: Format of every linear.
+        has_vnni: Whether the CPU has; without it ONNX Runtime makes unsigned codes of signed ones.
 
     Returns:
         Bytes on the host and on the device, the latter 0 for a CPU plan.
     """
     if plan.engine == "onnxruntime":
-        return _onnx(plan, config, formats)
+        return _onnx(plan, config, formats, has_vnni)
     weights = stored_bytes(config, formats)
     layer = largest_layer_bytes(config, formats)
     if plan.device == "cuda":
@@ -153,9 +159,11 @@ def _latent_bytes(config: ModelConfig) -> tuple[int, int]:
     return latents.folded_bytes(hidden), 2 * 3 * latents.inner_size(hidden) * hidden
 
 
-def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tuple[int, int]:
+def _onnx(
+    plan: Plan, config: ModelConfig, formats: Mapping[str, Format], has_vnni: bool
+) -> tuple[int, int]:
     """ONNX Runtime packs codes into a copy of its own, and widens one 16-bit matrix at a time."""
-    packed = widened = 0
+    packed = widened = unsigned = 0
     for module, (rows, columns) in module_shapes(config).items():
         form = formats[module]
         if isinstance(form, Plain):
@@ -163,6 +171,8 @@ def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tup
             packed += rows * columns * 2 if plan.device == "cuda" else 0
         elif isinstance(form, IntGrouped | Int8Channel):
             packed += linear_bytes(form, rows, columns)
+            if isinstance(form, Int8Channel) and form.rounds_activations and not has_vnni:
+                unsigned += rows * columns
             if isinstance(form, IntGrouped) and plan.compute == "int8":
                 # Scales widened to float32, and a sum of each group's codes beside them.
                 packed += 8 * rows * columns // form.group_size
@@ -178,6 +188,7 @@ def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tup
     # Measured: a little more than the widest moment, for chunks of the arena that fit nothing.
     activations = int(1.1 * plan.batch_tokens * 4 * max(layer, pooling))
     if plan.device == "cpu":
-        return ONNX_BASE_BYTES + packed + folded + widened + activations, 0
+        # Unsigned codes are all there while the session opens, and gone when they are packed.
+        return ONNX_BASE_BYTES + packed + folded + widened + max(activations, unsigned), 0
     host = ONNX_BASE_BYTES + CUDA_HOST_BYTES
     return host, CUDA_CONTEXT_BYTES + packed + folded + activations

@@ -85,6 +85,7 @@ def variants(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def session(directory: Path, graph: str = "model.onnx") -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(
         directory / graph, options, providers=["CPUExecutionProvider"]
     )

@@ -37,10 +37,18 @@ def test_half_precision_is_dropped_on_a_cpu_without_it():
     assert plans(MODERN)["fp16-torch-cpu-bf16-resident"].dropped is None
 
 
-def test_saturating_8_bit_kernels_are_dropped_without_vnni():
-    assert "saturate" in plans(OLD)["int8-onnxruntime-cpu-int8-resident"].dropped
-    assert plans(OLD)["int8-torch-cpu-int8-resident"].dropped is None
-    assert plans(MODERN)["int8-onnxruntime-cpu-int8-resident"].dropped is None
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_8_bit_products_are_there_with_and_without_vnni(engine):
+    large = replace(OLD, host_total_bytes=64 * GIB, host_free_bytes=60 * GIB)
+    for machine in (large, MODERN):
+        assert plans(machine)[f"int8-{engine}-cpu-int8-resident"].dropped is None
+
+
+def test_unsigned_codes_of_a_cpu_without_vnni_count_as_memory():
+    machine = replace(MODERN, host_free_bytes=12 * GIB)
+    name = "int8-onnxruntime-cpu-int8-resident"
+    assert plans(machine)[name].dropped is None
+    assert "memory" in plans(replace(machine, cpu_features=("avx2",)))[name].dropped
 
 
 def test_packed_codes_do_not_fit_a_small_host_in_onnxruntime():

@@ -134,3 +134,14 @@ def test_two_buffers_hold_the_largest_layer_of_a_mixture():
     needs = [memory.predict(plan, SEVEN_B, "F16", one)[0] for one in (formats, mixed)]
     codes = SEVEN_B.linear_weights // SEVEN_B.num_hidden_layers
     assert needs[1] - needs[0] == 2 * codes // 2
+
+
+def test_onnxruntime_without_vnni_holds_unsigned_codes_while_it_opens():
+    formats = formats_for("int8", SEVEN_B, "F16")
+    plan = Plan("int8", "onnxruntime", "cpu", "int8", "resident", batch_tokens=64)
+    less, more = (
+        memory.predict(plan, SEVEN_B, "F16", formats, has_vnni=has_vnni)[0]
+        for has_vnni in (True, False)
+    )
+    assert less > SEVEN_B.linear_weights
+    assert less + 0.9 * SEVEN_B.linear_weights < more < less + SEVEN_B.linear_weights
