@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from export.graph import write_graphs
 from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
+from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute import onnx_selftest
+from lowmem.compute.engine import Runner
 from lowmem.compute.onnx_engine import _FREE_CELLS, OnnxEngine, _alike
 from lowmem.compute.plan import Plan
 from lowmem.errors import BackendError, BundleError, CapacityError
@@ -321,6 +323,16 @@ def test_selftests_notice_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> No
     assert not onnx_selftest.is_exact([Int8Channel()], 1)
     assert not onnx_selftest.is_exact([Plain("F16"), IntGrouped()], 1)
     assert onnx_selftest.is_exact([Plain("F16")], 1)
+
+
+def test_no_plan_runs_on_products_that_are_not_exact(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_selftest, "is_exact", lambda *_: False)
+    bundle, plan = Bundle(tiny_bundle), Plan("int8", "onnxruntime", "cpu", "int8", "resident")
+    with pytest.raises(BackendError, match="8-bit products of onnxruntime are not exact"):
+        Runner(bundle, plan)
+    Runner(bundle, replace(plan, variant="fp16", compute="fp32"))
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256])
