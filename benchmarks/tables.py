@@ -35,8 +35,7 @@ def plans_table(record: dict[str, Any]) -> str:
     texts = reports[0]["texts"]
     lines += [
         "",
-        f"{record['model']} on {record['machine']['cpu_name']}, {record['machine']['cpu_threads']} "
-        f"threads; {texts['count']} texts, {texts['tokens']} tokens ({texts['name']}); cosine to "
+        f"{record['model']} on {_processor(record)}; {texts['count']} texts, {texts['tokens']} tokens ({texts['name']}); cosine to "
         "the 16-bit reference. Memory is what the process itself holds; mapped weights are page "
         f"cache. Floor: {reports[0]['floor']['name']}. Record: "
         f"`benchmarks/results/{record['name']}.json`, commit {record['commit'][:10]}.",
@@ -44,6 +43,14 @@ def plans_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_FEATURES = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx_vnni": "VNNI",
+    "avx512_vnni": "VNNI",
+    "avx512_bf16": "bf16",
+    "amx_int8": "AMX",
+}
 # In the order in which one builds on the other; a record's keys are sorted.
 _STEPS = (
     *("int4, data-free", "int4, gptq", "int4, least squares", "int4, relative errors", "int4"),
@@ -88,11 +95,17 @@ def peers_table(record: dict[str, Any]) -> str:
 
 
 def _source(record: dict[str, Any]) -> str:
-    machine = record["machine"]
     return (
-        f"{record['model']} on {machine['cpu_name']}, {machine['cpu_threads']} threads. Record: "
+        f"{record['model']} on {_processor(record)}. Record: "
         f"`benchmarks/results/{record['name']}.json`, commit {record['commit'][:10]}."
     )
+
+
+def _processor(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    known = machine["cpu_features"]
+    features = [title for feature, title in _FEATURES.items() if feature in known]
+    return f"{machine['cpu_name']} ({', '.join(dict.fromkeys(features))}), {machine['cpu_threads']} threads"
 
 
 TABLES = {"demo": plans_table, "quantizers": quantizers_table, "peers-cpu": peers_table}
