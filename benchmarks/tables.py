@@ -35,9 +35,10 @@ def plans_table(record: dict[str, Any]) -> str:
     texts = reports[0]["texts"]
     lines += [
         "",
-        f"{record['model']} on {_processor(record)}; {texts['count']} texts, {texts['tokens']} tokens ({texts['name']}); cosine to "
-        "the 16-bit reference. Memory is what the process itself holds; mapped weights are page "
-        f"cache. Floor: {reports[0]['floor']['name']}. Record: "
+        f"{record['model']} on {_processor(record)}; {texts['count']} texts, "
+        f"{texts['tokens']} tokens ({texts['name']}); cosine to the 16-bit "
+        "reference. Memory is what the process itself holds; mapped weights are page cache. "
+        f"Floor: {reports[0]['floor']['name']}. Record: "
         f"`benchmarks/results/{record['name']}.json`, commit {record['commit'][:10]}.",
     ]
     return "\n".join(lines)
@@ -104,8 +105,8 @@ def _source(record: dict[str, Any]) -> str:
 def _processor(record: dict[str, Any]) -> str:
     machine = record["machine"]
     known = machine["cpu_features"]
-    features = [title for feature, title in _FEATURES.items() if feature in known]
-    return f"{machine['cpu_name']} ({', '.join(dict.fromkeys(features))}), {machine['cpu_threads']} threads"
+    features = dict.fromkeys(title for key, title in _FEATURES.items() if key in known)
+    return f"{machine['cpu_name']} ({', '.join(features)}), {machine['cpu_threads']} threads"
 
 
 TABLES = {"demo": plans_table, "quantizers": quantizers_table, "peers-cpu": peers_table}
