@@ -52,6 +52,7 @@ _FEATURES = {
     "avx512_bf16": "bf16",
     "amx_int8": "AMX",
 }
+_WORKLOADS = ("short", "mid", "long", "instructed", "mixed")
 # In the order in which one builds on the other; a record's keys are sorted.
 _STEPS = (
     *("int4, data-free", "int4, gptq", "int4, least squares", "int4, relative errors", "int4"),
@@ -77,10 +78,12 @@ def quantizers_table(record: dict[str, Any]) -> str:
 
 
 def peers_table(record: dict[str, Any]) -> str:
-    """One row per workload: tokens/s of each engine, and how many times the first's that is."""
-    workloads = record["workloads"]
-    peer, *ours = next(iter(workloads.values()))["ratio"]
-    titles = [f"`{record['plans'].get(name, name)}`" for name in ours]
+    """One row per workload: tokens/s of each engine, and how many times the peer's that is."""
+    workloads = {name: record["workloads"][name] for name in _WORKLOADS}
+    peer = "sentence-transformers"
+    others = set(workloads["short"]["ratio"]) - {peer, "fp32", "auto"}
+    ours = ["fp32", "auto", *sorted(others)]
+    titles = [f"`{record['plans'].get(name, name).removesuffix('-resident')}`" for name in ours]
     lines = [
         f"| texts | tokens | {peer} | {' | '.join(titles)} |",
         "| --- | ---: | ---: |" + " ---: |" * len(ours),
