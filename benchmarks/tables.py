@@ -35,11 +35,9 @@ def plans_table(record: dict[str, Any]) -> str:
     texts = reports[0]["texts"]
     lines += [
         "",
-        f"{record['model']} on {_processor(record)}; {texts['count']} texts, "
-        f"{texts['tokens']} tokens ({texts['name']}); cosine to the 16-bit "
+        f"{texts['count']} texts, {texts['tokens']} tokens ({texts['name']}); cosine to the 16-bit "
         "reference. Memory is what the process itself holds; mapped weights are page cache. "
-        f"Floor: {reports[0]['floor']['name']}. Record: "
-        f"`benchmarks/results/{record['name']}.json`, commit {record['commit'][:10]}.",
+        f"Floor: {reports[0]['floor']['name']}. {_source(record)}",
     ]
     return "\n".join(lines)
 
@@ -99,17 +97,14 @@ def peers_table(record: dict[str, Any]) -> str:
 
 
 def _source(record: dict[str, Any]) -> str:
-    return (
-        f"{record['model']} on {_processor(record)}. Record: "
-        f"`benchmarks/results/{record['name']}.json`, commit {record['commit'][:10]}."
-    )
-
-
-def _processor(record: dict[str, Any]) -> str:
     machine = record["machine"]
     known = machine["cpu_features"]
     features = dict.fromkeys(title for key, title in _FEATURES.items() if key in known)
-    return f"{machine['cpu_name']} ({', '.join(features)}), {machine['cpu_threads']} threads"
+    return (
+        f"{record['model']} on {machine['cpu_name']} ({', '.join(features)}), "
+        f"{machine['cpu_threads']} threads. Record: "
+        f"`benchmarks/results/{record['name']}.json`, commit {record['commit'][:10]}."
+    )
 
 
 TABLES = {"demo": plans_table, "quantizers": quantizers_table, "peers-cpu": peers_table}

@@ -119,12 +119,12 @@ class Runner:
             batch_size=batch_size,
             shortest_prefix=shortest_prefix(self.plan, self.contract, self._rounds_prefixes),
         )
+        is_scaled = normalize and not self.normalizes
         for window in self._windows(batches):
             packed = [batch.pack(texts, self.contract.pooling) for batch in window]
             for batch, embedded in zip(packed, self._engine.embed(packed), strict=True):
                 is_broken[batch.rows] = ~np.isfinite(embedded).all(axis=1)
-                is_done = self.normalizes or not normalize
-                vectors[batch.rows] = embedded if is_done else unit_length(embedded)
+                vectors[batch.rows] = unit_length(embedded) if is_scaled else embedded
             on_texts(sum(int(copies[batch.rows].sum()) for batch in packed))
         for row in np.flatnonzero(first_rows != np.arange(len(texts))):
             vectors[row] = vectors[first_rows[row]]

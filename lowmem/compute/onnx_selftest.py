@@ -45,13 +45,10 @@ def is_exact(formats: Iterable[Format], threads: int) -> bool:
         BackendError: onnxruntime is not installed.
     """
     different = set(formats)
-    if any(isinstance(form, Int8Channel) for form in different):
-        if not matmul_integer_is_exact(threads):
-            return False
-    return all(
-        matmul_nbits_is_exact(form.bits, form.group_size, threads)
-        for form in different
-        if isinstance(form, IntGrouped)
+    channels = any(isinstance(form, Int8Channel) for form in different)
+    groups = [form for form in different if isinstance(form, IntGrouped)]
+    return (not channels or matmul_integer_is_exact(threads)) and all(
+        matmul_nbits_is_exact(form.bits, form.group_size, threads) for form in groups
     )
 
 

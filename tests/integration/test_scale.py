@@ -13,7 +13,7 @@ from lowmem.measure import MemoryPeak
 
 # Few enough to be quick, and too many for the start of a process to blur.
 FEW, MANY = 8_000, 40_000
-# Of a text in memory: its row and ids of some 75 bytes, as tokens. Vectors go to the disk.
+# Of a text in memory: its row, and the ids of about 75 tokens. Vectors go to the disk.
 BYTES_OF_A_TEXT = 4_000
 
 
