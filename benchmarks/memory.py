@@ -58,13 +58,13 @@ def read_bytes_of_children() -> int:
 
 
 def export_peak(directory: Path) -> dict[str, float | int]:
-    """Writes the checkpoint and exports all variants, graphs and the reference."""
+    """Writes the checkpoint, and exports all variants, graphs and the reference, data-free."""
     source, bundle = directory / "checkpoint", directory / "bundle"
     if not source.exists():
         write_checkpoint(source, SHAPES["2b"])
     shutil.rmtree(bundle, ignore_errors=True)
     contract = ("--contract", source / "contract.json", "--reference-texts", "quick")
-    return peak_of("export", source, bundle, *contract)
+    return peak_of("export", source, bundle, *contract, "--calibration", "none")
 
 
 def embed_peaks(bundle: Path, folder: Path, **wishes: str) -> dict[str, dict[str, float | int]]:

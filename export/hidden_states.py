@@ -88,7 +88,7 @@ class Texts:
                 _Batch(
                     slice(self.tokens, self.tokens + batch.tokens),
                     Rotation.at(positions, config.rope_theta, config.head_dim),
-                    Spans.of(lengths, 0, contract.is_causal, "cpu"),
+                    Spans.of([(0, lengths)], contract.is_causal, "cpu"),
                     lengths,
                     torch.from_numpy(batch.pooling_mask),
                 )

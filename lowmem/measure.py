@@ -110,7 +110,7 @@ def measure(
         rows: The texts; those over the contract's limit are cut, EOS kept.
         repeats: Timed passes over all texts.
         passes: What to run in place of them, one after another.
-        warm_up: Whether to run a few short texts first, which are not timed.
+        warm_up: Whether to run the shortest text first, which is not timed.
         vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``; of
             several ``passes`` those of each behind those of the one before.
         timeout_seconds: When to give up.
@@ -235,9 +235,9 @@ def _run_job(job: dict[str, Any]) -> Record:
     load_seconds = time.perf_counter() - start
     texts = runner.tokenizer.encode_rows(rows)
     normalize = runner.contract.normalize_embeddings
-    if job["warm_up"]:
-        shortest = sorted(texts, key=lambda text: len(text.input_ids))[:4]
-        runner.embed(shortest, normalize=normalize, must_be_finite=False)
+    if job["warm_up"] and texts:
+        shortest = min(texts, key=lambda text: len(text.input_ids))
+        runner.embed([shortest], normalize=normalize, must_be_finite=False)
     waited_before = runner.waited_seconds
     seconds = []
     embedded: list[NDArray[np.float32]] = []

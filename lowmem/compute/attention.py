@@ -2,14 +2,16 @@
 
 Texts of equal length lie next to each other, because batches are sorted by length, and go through
 one call of ``scaled_dot_product_attention`` as a view, without padding or copies. Keys and values
-of a shared prefix stand once, in front of the batch's own; they are put before those of every text,
-as many texts at a time as give no more tokens than the batch has itself.
+of shared prefixes stand once, in front of the batch's own; they are put before those of their
+texts, as many texts at a time as give no more tokens than the batch has itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,36 +20,67 @@ from torch import Tensor
 _LONGEST_MASKED = 512
 
 
+class Run(NamedTuple):
+    """Consecutive texts of one length behind one prefix.
+
+    Attributes:
+        texts: How many.
+        length: Tokens of each, the prefix not counted.
+        prefix_begin: Where the prefix begins among the keys.
+        prefix_end: Where it ends; there, too, if there is none.
+    """
+
+    texts: int
+    length: int
+    prefix_begin: int
+    prefix_end: int
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens of the prefix."""
+        return self.prefix_end - self.prefix_begin
+
+
 @dataclass(frozen=True)
 class Spans:
     """Where texts lie in a packed batch.
 
     Attributes:
-        prefix_tokens: Leading keys and values that belong to the shared prefix, 0 if there is none.
-        runs: (texts, tokens of each) of consecutive texts with one length, in order.
-        last_tokens: Index of each text's last token, the prefix not counted, ``[texts]``.
+        prefix_tokens: Leading keys and values that belong to shared prefixes, 0 if there are none.
+        runs: All texts, in order.
+        last_tokens: Index of each text's last token, prefixes not counted, ``[texts]``.
         is_causal: Whether a token sees only itself and earlier ones.
         pooled_only: Whether queries are given for last tokens alone, ``[texts]`` of them.
     """
 
     prefix_tokens: int
-    runs: tuple[tuple[int, int], ...]
+    runs: tuple[Run, ...]
     last_tokens: Tensor
     is_causal: bool
     pooled_only: bool = False
 
     @classmethod
-    def of(cls, lengths: list[int], prefix_tokens: int, is_causal: bool, device: str) -> Spans:
-        """Spans of texts that lie end to end."""
-        assert is_causal or not prefix_tokens, "a prefix would see the texts behind it"
-        runs: list[tuple[int, int]] = []
-        for length in lengths:
-            if runs and runs[-1][1] == length:
-                runs[-1] = (runs[-1][0] + 1, length)
-            else:
-                runs.append((1, length))
+    def of(
+        cls, sections: Sequence[tuple[int, Sequence[int]]], is_causal: bool, device: str
+    ) -> Spans:
+        """Spans of texts that lie end to end.
+
+        Args:
+            sections: Tokens of each prefix, and of each text that stands behind it.
+            is_causal: Whether a token sees only itself and earlier ones.
+            device: Where the batch is.
+        """
+        runs: list[Run] = []
+        begin = 0
+        for prefix_tokens, lengths in sections:
+            end = begin + prefix_tokens
+            for length, texts in groupby(lengths):
+                runs.append(Run(len(list(texts)), length, begin, end))
+            begin = end
+        assert is_causal or not begin, "a prefix would see the texts behind it"
+        lengths = [length for _, lengths in sections for length in lengths]
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return cls(prefix_tokens, tuple(runs), ends, is_causal)
+        return cls(begin, tuple(runs), ends, is_causal)
 
     def of_last_tokens(self) -> Spans:
         """The same texts with one query each."""
@@ -59,21 +92,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
 
     Args:
         query: ``[tokens, heads, head_dim]``, or ``[texts, …]`` where spans are of last tokens.
-        key: ``[prefix tokens + tokens, key-value heads, head_dim]``.
+        key: Of all prefixes and then of the texts, ``[prefix tokens + tokens, key-value heads,
+            head_dim]``.
         value: As ``key``.
         spans: Where the texts lie.
 
     Returns:
         ``[queries, heads * head_dim]``, in the order of ``query``.
     """
-    shared = spans.prefix_tokens
     mixed = torch.empty_like(query)
-    for queries, keys, texts in _slices(spans, len(key)):
-        run_key, run_value = key[keys], value[keys]
-        run_query = query[queries]
+    for run, queries, keys in _slices(spans, len(key)):
+        texts, shared = run.texts, run.prefix_tokens
+        run_query, run_key, run_value = query[queries], key[keys], value[keys]
         if shared:
-            run_key = _behind(key[:shared], run_key, texts)
-            run_value = _behind(value[:shared], run_value, texts)
+            prefix = slice(run.prefix_begin, run.prefix_end)
+            run_key = _behind(key[prefix], run_key, texts)
+            run_value = _behind(value[prefix], run_value, texts)
         if shared and not spans.pooled_only:
             mixed[queries] = _attend_behind(run_query, run_key, run_value, texts, shared)
         else:
@@ -82,20 +116,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
     return mixed.flatten(1)
 
 
-def _slices(spans: Spans, most_tokens: int) -> Iterator[tuple[slice, slice, int]]:
-    """Queries, keys and number of texts of each call.
+def _slices(spans: Spans, most_tokens: int) -> Iterator[tuple[Run, slice, slice]]:
+    """Texts of each call, their queries and their own keys.
 
     A run is one call, unless its texts with a prefix before each would be more tokens than given.
     """
-    begin = row = 0
-    for texts, length in spans.runs:
-        step = max(1, most_tokens // (spans.prefix_tokens + length))
-        for first in range(0, texts, step):
-            count = min(step, texts - first)
-            own = slice(begin, begin + count * length)
-            queries = slice(row, row + count) if spans.pooled_only else own
-            yield queries, slice(spans.prefix_tokens + begin, spans.prefix_tokens + own.stop), count
-            begin, row = own.stop, row + count
+    query, key = 0, spans.prefix_tokens
+    for run in spans.runs:
+        step = max(1, most_tokens // (run.prefix_tokens + run.length))
+        for first in range(0, run.texts, step):
+            part = run._replace(texts=min(step, run.texts - first))
+            keys = slice(key, key + part.texts * part.length)
+            queries = part.texts if spans.pooled_only else part.texts * part.length
+            yield part, slice(query, query + queries), keys
+            query, key = query + queries, keys.stop
 
 
 def _behind(prefix: Tensor, states: Tensor, texts: int) -> Tensor:

@@ -36,7 +36,7 @@ class Operations(Protocol):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         """Attention within each text: ``[tokens, heads, head_dim]`` to ``[tokens, query size]``.
 
-        Keys and values of a shared prefix stand in front of those of the tokens.
+        Keys and values of shared prefixes stand in front of those of the tokens.
         """
 
     def project_add(
@@ -103,7 +103,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class PrefixStates:
-    """What one layer keeps of a shared prefix: ``[prefix tokens, key-value heads, head_dim]`` each.
+    """What one layer leaves of a shared prefix: ``[tokens, key-value heads, head_dim]`` each.
 
     Attributes:
         key: Its keys, rotated.
@@ -120,12 +120,12 @@ def decode_layer(
     hidden: Tensor,
     rotation: Rotation,
     spans: Spans,
-    prefix: PrefixStates | None = None,
+    prefixes: Sequence[PrefixStates] = (),
 ) -> Tensor:
     """One layer over all tokens: float32 ``[tokens, hidden]`` to the same."""
     linears = (layer.query, layer.key, layer.value)
     query, key, value = _heads(ops, layer, hidden, rotation, linears, 0)
-    key, value = _behind(prefix, ops.rotate(key, rotation), value)
+    key, value = _behind(prefixes, ops.rotate(key, rotation), value)
     mixed = ops.attend(ops.rotate(query, rotation), key, value, spans)
     hidden = ops.project_add(mixed, layer.output, hidden, 0)
     return ops.gated_mlp(hidden, layer.mlp_norm, layer.gate, layer.up, layer.down, 0)
@@ -140,7 +140,7 @@ def decode_prefix(
     *,
     is_exact: bool,
 ) -> tuple[Tensor, PrefixStates]:
-    """One layer over a shared prefix: float32 ``[tokens, hidden]`` to the same, and what is kept.
+    """One layer over a shared prefix: float32 ``[tokens, hidden]`` to the same, and what it leaves.
 
     Where it is exact no activation is rounded: every text that follows sees these keys and values,
     and BOS carries the largest activations of all.
@@ -162,14 +162,14 @@ def decode_last_layer(
     hidden: Tensor,
     rotation: Rotation,
     spans: Spans,
-    prefix: PrefixStates | None = None,
+    prefixes: Sequence[PrefixStates] = (),
 ) -> Tensor:
     """The last layer where only each text's last token is pooled: ``[texts, hidden]``.
 
     Keys and values need every token; queries, output and MLP only those that are pooled.
     """
     key, value = _heads(ops, layer, hidden, rotation, (layer.key, layer.value), 0)
-    key, value = _behind(prefix, ops.rotate(key, rotation), value)
+    key, value = _behind(prefixes, ops.rotate(key, rotation), value)
     last = spans.last_tokens
     pooled = hidden[last]
     (query,) = _heads(ops, layer, pooled, rotation, (layer.query,), 0)
@@ -193,11 +193,13 @@ def _heads(
     return [states.unflatten(-1, (-1, head_dim)) for states in projected]
 
 
-def _behind(prefix: PrefixStates | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the prefix, if there is one, and then those of the tokens."""
-    if prefix is None:
+def _behind(prefixes: Sequence[PrefixStates], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of all prefixes, and then those of the tokens."""
+    if not prefixes:
         return key, value
-    return torch.cat([prefix.key, key]), torch.cat([prefix.value, value])
+    keys = [prefix.key for prefix in prefixes]
+    values = [prefix.value for prefix in prefixes]
+    return torch.cat([*keys, key]), torch.cat([*values, value])
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from lowmem.text.batching import Ids, PackedBatch
 Observer = Callable[[int, int, Tensor], None]
 """Called with (layer index, batch index, hidden states ``[tokens, hidden]``) after each step.
 
-The states are those of the texts' own tokens; a shared prefix is computed apart.
+The states are those of the texts' own tokens; shared prefixes are computed apart.
 """
 
 
@@ -59,9 +60,9 @@ class Ends:
 
 @dataclass(frozen=True)
 class _Step:
-    """A batch on the device, between layers; ``prefix`` are its ids as bytes, empty for none."""
+    """A batch on the device, between layers; ``prefixes`` are the ids of each as bytes."""
 
-    prefix: bytes
+    prefixes: list[bytes]
     rotation: Rotation
     spans: Spans
     lengths: list[int]
@@ -118,24 +119,28 @@ def run(
     """
     device = str(ends.final_norm.device)
     prefixes = prefixes or PrefixCache(0)
-    shared = _prefix_steps(batches, prefixes, ends, config, device)
+    known = {ids: prefixes.get(ids) for batch in batches for ids in _prefixes(batch)}
+    shared = {ids: _PrefixStep(ids, states, ends, config, device) for ids, states in known.items()}
+    kept: dict[bytes, list[PrefixStates]] = {ids: [] for ids in prefixes.fitting(list(known))}
     hidden = [_embed(batch.input_ids, ends.embedding).to(device) for batch in batches]
     steps = [_step(batch, config, contract, device) for batch in batches]
     last_tokens_only = contract.pooling == "lasttoken" and on_layer is None
     for layer in layers:
         is_last = layer.index == config.num_hidden_layers - 1
         decode = decode_last_layer if is_last and last_tokens_only else decode_layer
-        for prefix in shared.values():
-            prefix.go_through(ops, layer, is_exact=not rounds_prefixes)
+        left = {
+            ids: prefix.go_through(ops, layer, is_exact=not rounds_prefixes)
+            for ids, prefix in shared.items()
+        }
+        for ids, of_layers in kept.items():
+            of_layers.append(left[ids])
         for number, step in enumerate(steps):
-            prefix_states = shared[step.prefix].states[layer.index] if step.prefix else None
-            hidden[number] = decode(
-                ops, layer, hidden[number], step.rotation, step.spans, prefix_states
-            )
+            before = [left[ids] for ids in step.prefixes]
+            hidden[number] = decode(ops, layer, hidden[number], step.rotation, step.spans, before)
             if on_layer is not None:
                 on_layer(layer.index, number, hidden[number])
-    for ids, prefix in shared.items():
-        prefixes.keep(ids, prefix.states)
+    for ids, of_layers in kept.items():
+        prefixes.keep(ids, of_layers)
     vectors = []
     for states, step in zip(hidden, steps, strict=True):
         if contract.pooling == "lasttoken" and not last_tokens_only:
@@ -155,8 +160,7 @@ def run(
 class _PrefixStep:
     """A shared prefix on the device, between layers.
 
-    Attributes:
-        states: Of each layer so far; of all layers from the start where they were known.
+    It is computed alone, so that what it leaves does not depend on what else is computed.
     """
 
     def __init__(
@@ -167,34 +171,26 @@ class _PrefixStep:
         config: ModelConfig,
         device: str,
     ) -> None:
-        self.states = list(known or ())
-        self._is_known = known is not None
-        if not self._is_known:
+        self._known = known
+        if known is None:
             tokens = np.frombuffer(ids, np.int64)
             positions = torch.arange(len(tokens), device=device)
             self._rotation = Rotation.at(positions, config.rope_theta, config.head_dim)
-            self._spans = Spans.of([len(tokens)], 0, True, device)
+            self._spans = Spans.of([(0, [len(tokens)])], True, device)
             self._hidden = _embed(tokens, ends.embedding).to(device)
 
-    def go_through(self, ops: Operations, layer: DecoderLayer, *, is_exact: bool) -> None:
-        """Computes the layer, unless it was known."""
-        if not self._is_known:
-            self._hidden, states = decode_prefix(
-                ops, layer, self._hidden, self._rotation, self._spans, is_exact=is_exact
-            )
-            self.states.append(states)
+    def go_through(self, ops: Operations, layer: DecoderLayer, *, is_exact: bool) -> PrefixStates:
+        """What the layer leaves of it, which is computed unless it was known."""
+        if self._known is not None:
+            return self._known[layer.index]
+        self._hidden, states = decode_prefix(
+            ops, layer, self._hidden, self._rotation, self._spans, is_exact=is_exact
+        )
+        return states
 
 
-def _prefix_steps(
-    batches: Sequence[PackedBatch],
-    prefixes: PrefixCache,
-    ends: Ends,
-    config: ModelConfig,
-    device: str,
-) -> dict[bytes, _PrefixStep]:
-    """Each prefix of the batches once, by its ids."""
-    all_ids = dict.fromkeys(batch.prefix.tobytes() for batch in batches if batch.prefix is not None)
-    return {ids: _PrefixStep(ids, prefixes.get(ids), ends, config, device) for ids in all_ids}
+def _prefixes(batch: PackedBatch) -> list[bytes]:
+    return [section.prefix.tobytes() for section in batch.sections if len(section.prefix)]
 
 
 def _embed(ids: Ids, embedding: RawTensor) -> Tensor:
@@ -203,13 +199,16 @@ def _embed(ids: Ids, embedding: RawTensor) -> Tensor:
 
 
 def _step(batch: PackedBatch, config: ModelConfig, contract: Contract, device: str) -> _Step:
-    prefix_tokens = 0 if batch.prefix is None else len(batch.prefix)
     lengths = np.diff(batch.cu_seqlens).tolist()
+    rest = iter(lengths)
+    sections = [
+        (len(section.prefix), list(islice(rest, section.texts))) for section in batch.sections
+    ]
     positions = torch.from_numpy(batch.position_ids).to(device)
     return _Step(
-        b"" if batch.prefix is None else batch.prefix.tobytes(),
+        _prefixes(batch),
         Rotation.at(positions, config.rope_theta, config.head_dim),
-        Spans.of(lengths, prefix_tokens, contract.is_causal, device),
+        Spans.of(sections, contract.is_causal, device),
         lengths,
         torch.from_numpy(batch.pooling_mask).to(device),
     )

@@ -113,7 +113,7 @@ class OnnxEngine:
             CapacityError: A single text does not fit.
             BackendError: onnxruntime failed otherwise.
         """
-        return [self._embed(batch.without_prefix()) for batch in batches]
+        return [self._embed(batch.without_prefixes()) for batch in batches]
 
     def _embed(self, batch: PackedBatch) -> NDArray[np.float32]:
         vectors = np.empty((batch.texts, self.hidden_size), np.float32)

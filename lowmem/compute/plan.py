@@ -18,8 +18,6 @@ DEVICE_CHUNK_TOKENS = 8192
 """The same on a CUDA device, in tokens: weights are dequantized again for each chunk."""
 PLAIN_DEVICE_CHUNK_TOKENS = 2048
 """The same where plain kernels serve there, which hold float32 copies of what they work on."""
-PREFIX_TOKENS = 256
-"""Tokens of shared prefixes whose keys and values an engine keeps from pass to pass."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ their tokens leave in each layer depends on nothing behind them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
 
 from lowmem.compute.decoder import PrefixStates
 
@@ -34,6 +37,15 @@ class PrefixCache:
         if states is not None:
             self._known[ids] = states
         return states
+
+    def fitting(self, prefixes: Sequence[bytes]) -> list[bytes]:
+        """The first of some prefixes, as many as can be kept together.
+
+        Args:
+            prefixes: The token ids of each, int64 as bytes.
+        """
+        ends = accumulate(len(ids) // np.dtype(np.int64).itemsize for ids in prefixes)
+        return [ids for ids, end in zip(prefixes, ends, strict=True) if end <= self._most_tokens]
 
     def keep(self, ids: bytes, states: Sequence[PrefixStates]) -> None:
         """Remembers what every layer keeps of a prefix."""

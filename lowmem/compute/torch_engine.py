@@ -23,11 +23,10 @@ from lowmem.compute.operations import int8
 from lowmem.compute.operations.cuda import cuda_operations
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
-from lowmem.compute.plan import PREFIX_TOKENS
 from lowmem.compute.prefixes import PrefixCache
 from lowmem.compute.streaming import LayerStream
 from lowmem.errors import BackendError, CapacityError
-from lowmem.text.batching import PackedBatch
+from lowmem.text.batching import PREFIX_TOKENS, PackedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +144,7 @@ class TorchEngine:
                     raise
             self._ran_out(tokens)
         if texts == 1:
-            whole = batches[0].without_prefix().tokens
+            whole = batches[0].without_prefixes().tokens
             raise CapacityError(
                 f"a text of {whole} tokens does not fit the memory of the {self._device} device: "
                 "choose a smaller variant, --schedule streamed, or shorter texts"

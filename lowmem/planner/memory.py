@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain, linear_bytes
 from lowmem.artifact.weights import module_shapes
-from lowmem.compute.plan import CHUNK_BYTES, PREFIX_TOKENS, Plan
+from lowmem.compute.plan import CHUNK_BYTES, Plan
 from lowmem.planner import device_memory
+from lowmem.text.batching import PREFIX_TOKENS
 
 MIB = 2**20
 # Interpreter, libraries and thread pools with no model loaded, measured as RssAnon.

@@ -1,21 +1,27 @@
 """Texts as packed batches: token ids end to end, no padding anywhere.
 
 Batches are cut by tokens and not by texts, from texts sorted by length, so that every pass costs
-about the same. Equal texts are computed once. Texts that begin with the same shared prefix (BOS
-and instruction) travel together, and the prefix itself is left out of them: its keys and values
-are computed once for the batch.
+about the same. Equal texts are computed once. A shared prefix (BOS and instruction) is left out of
+the texts that begin with it, which lie together in a section of their batch: its keys and values
+are computed once for all of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+PREFIX_TOKENS = 256
+"""Most tokens of all shared prefixes of a batch, whose keys and values are held together."""
+_NO_PREFIX: Ids = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +41,30 @@ class EncodedText:
     cut_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class PackedBatch:
-    """Texts of one pass, end to end.
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Consecutive texts of a batch that begin with the same prefix.
 
     Attributes:
-        input_ids: ``[tokens]``, without the prefix.
+        prefix: Ids that stand before each of the texts, ``[prefix tokens]``; may be empty.
+        texts: How many texts there are.
+    """
+
+    prefix: Ids
+    texts: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Texts of one pass, end to end, without their prefixes.
+
+    Attributes:
+        input_ids: ``[tokens]``.
         position_ids: ``[tokens]``, counted from the start of each text, prefix included.
         cu_seqlens: ``[texts + 1]``, where each text begins in ``input_ids``.
         pooling_mask: ``[tokens]``, the tokens whose hidden states are pooled.
         rows: ``[texts]``, whose vectors these are.
-        prefix: Ids that stand before every text of the batch, ``[prefix tokens]``, or None.
+        sections: What stands before the texts, in their order; no two have the same prefix.
     """
 
     input_ids: Ids
@@ -53,11 +72,11 @@ class PackedBatch:
     cu_seqlens: Ids
     pooling_mask: NDArray[np.bool_]
     rows: Ids
-    prefix: Ids | None
+    sections: tuple[Section, ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens computed in a pass, the prefix not counted."""
+        """Tokens computed in a pass, prefixes not counted."""
         return len(self.input_ids)
 
     @property
@@ -70,26 +89,31 @@ class PackedBatch:
         middle = self.texts // 2
         return self._part(0, middle), self._part(middle, self.texts)
 
-    def without_prefix(self) -> PackedBatch:
-        """The same texts with the prefix put back into each of them."""
-        if self.prefix is None:
-            return self
-        size = len(self.prefix)
+    def without_prefixes(self) -> PackedBatch:
+        """The same texts with its prefix put back into each of them."""
         pieces, masks = [], []
-        for begin, end in zip(self.cu_seqlens[:-1], self.cu_seqlens[1:], strict=True):
-            pieces.append(np.concatenate([self.prefix, self.input_ids[begin:end]]))
-            masks.append(np.concatenate([np.zeros(size, np.bool_), self.pooling_mask[begin:end]]))
-        return _pack(pieces, masks, self.rows, None)
+        prefixes = _prefix_of_each(self.sections)
+        for prefix, (begin, end) in zip(prefixes, pairwise(self.cu_seqlens), strict=True):
+            unpooled = np.zeros(len(prefix), np.bool_)
+            pieces.append(np.concatenate([prefix, self.input_ids[begin:end]]))
+            masks.append(np.concatenate([unpooled, self.pooling_mask[begin:end]]))
+        return _pack(pieces, masks, self.rows, (Section(_NO_PREFIX, self.texts),))
 
     def _part(self, first: int, last: int) -> PackedBatch:
         begin, end = self.cu_seqlens[first], self.cu_seqlens[last]
+        sections, start = [], 0
+        for section in self.sections:
+            texts = min(last, start + section.texts) - max(first, start)
+            if texts > 0:
+                sections.append(replace(section, texts=texts))
+            start += section.texts
         return PackedBatch(
             self.input_ids[begin:end],
             self.position_ids[begin:end],
             self.cu_seqlens[first : last + 1] - begin,
             self.pooling_mask[begin:end],
             self.rows[first:last],
-            self.prefix,
+            tuple(sections),
         )
 
 
@@ -98,13 +122,13 @@ class Batch:
     """Texts that will share a pass, of which nothing is copied yet.
 
     Attributes:
-        rows: Whose vectors these are, longest text first.
-        prefix: Ids that stand before every text of the batch, ``[prefix tokens]``; may be empty.
-        tokens: Tokens computed in a pass, the prefix not counted.
+        rows: Whose vectors these are, section by section, longest text first in each.
+        sections: What stands before the texts, as in a ``PackedBatch``.
+        tokens: Tokens computed in a pass, prefixes not counted.
     """
 
     rows: Sequence[int]
-    prefix: Ids
+    sections: tuple[Section, ...]
     tokens: int
 
     def pack(self, texts: Sequence[EncodedText], pooling: str) -> PackedBatch:
@@ -115,17 +139,24 @@ class Batch:
             pooling: The contract's pooling, which says which tokens are pooled.
         """
         pieces, masks = [], []
-        for row in self.rows:
+        for row, prefix in zip(self.rows, _prefix_of_each(self.sections), strict=True):
             ids = texts[row].input_ids
             mask = np.zeros(len(ids), np.bool_)
             if pooling == "lasttoken":
                 mask[-1] = True
             else:
                 mask[texts[row].pooled_from :] = True
-            pieces.append(ids[len(self.prefix) :])
-            masks.append(mask[len(self.prefix) :])
-        rows = np.array(self.rows, np.int64)
-        return _pack(pieces, masks, rows, self.prefix if len(self.prefix) else None)
+            pieces.append(ids[len(prefix) :])
+            masks.append(mask[len(prefix) :])
+        return _pack(pieces, masks, np.array(self.rows, np.int64), self.sections)
+
+
+class _Member(NamedTuple):
+    """A text on its way into a batch: tokens without the prefix, and the prefix's ids as bytes."""
+
+    tokens: int
+    row: int
+    prefix: bytes
 
 
 def pack(
@@ -160,7 +191,7 @@ def arrange(
     Args:
         texts: The texts; position i is row i.
         rows: Which of them, ``[rows]``: of equal ones the first, as ``duplicates`` finds them.
-        batch_tokens: Most tokens of a batch, the prefix not counted; a longer text gets a batch of
+        batch_tokens: Most tokens of a batch, prefixes not counted; a longer text gets a batch of
             its own.
         batch_size: Most texts of a batch, or None.
         shortest_prefix: Fewest tokens of a prefix that is left out of its texts, or None where
@@ -170,29 +201,23 @@ def arrange(
     Returns:
         Batches, longest texts first, so that what does not fit in memory shows at once.
     """
-    groups: dict[bytes, list[int]] = {}
+    by_prefix: defaultdict[bytes, list[int]] = defaultdict(list)
     for row in rows.tolist():
         text = texts[row]
         is_shared = shortest_prefix is not None and text.prefix_tokens >= shortest_prefix
         prefix = text.input_ids[: text.prefix_tokens if is_shared else 0]
-        groups.setdefault(prefix.tobytes(), []).append(row)
-    batches = []
-    for key, group in groups.items():
-        prefix = np.frombuffer(key, np.int64)
-        group.sort(key=lambda row: (-len(texts[row].input_ids), row))
-        begin = 0
-        while begin < len(group):
-            end, tokens = begin, 0
-            while end < len(group) and (batch_size is None or end - begin < batch_size):
-                more = len(texts[group[end]].input_ids) - len(prefix)
-                if tokens + more > batch_tokens and end > begin:
-                    break
-                tokens += more
-                end += 1
-            batches.append(Batch(group[begin:end], prefix, tokens))
-            begin = end
-    batches.sort(key=lambda batch: len(batch.prefix) - len(texts[batch.rows[0]].input_ids))
-    return batches
+        by_prefix[prefix.tobytes()].append(row)
+    cuts: list[list[_Member]] = []
+    for prefixes in _held_together(sorted(by_prefix)):
+        members = [
+            _Member(len(texts[row].input_ids) - _tokens(prefix), row, prefix)
+            for prefix in prefixes
+            for row in by_prefix[prefix]
+        ]
+        members.sort(key=lambda member: (-member.tokens, member.row))
+        cuts += _cut(members, batch_tokens, batch_size)
+    cuts.sort(key=lambda members: -members[0].tokens)
+    return [_batch(members) for members in cuts]
 
 
 def duplicates(texts: Sequence[EncodedText]) -> Ids:
@@ -209,16 +234,70 @@ def _digest(text: EncodedText) -> bytes:
     return hashlib.blake2b(numbers.tobytes() + text.input_ids.tobytes(), digest_size=16).digest()
 
 
+def _cut(
+    members: Sequence[_Member], batch_tokens: int, batch_size: int | None
+) -> Iterator[list[_Member]]:
+    """Parts of sorted texts, each as large as it may be."""
+    part: list[_Member] = []
+    tokens = 0
+    for member in members:
+        tokens += member.tokens
+        if part and (tokens > batch_tokens or len(part) == batch_size):
+            yield part
+            part, tokens = [], member.tokens
+        part.append(member)
+    yield part
+
+
+def _batch(members: Sequence[_Member]) -> Batch:
+    """Texts that share a pass, those with one prefix brought together."""
+    rows: defaultdict[bytes, list[int]] = defaultdict(list)
+    for member in members:
+        rows[member.prefix].append(member.row)
+    sections = [Section(np.frombuffer(prefix, np.int64), len(rows[prefix])) for prefix in rows]
+    tokens = sum(member.tokens for member in members)
+    return Batch(list(chain.from_iterable(rows.values())), tuple(sections), tokens)
+
+
+def _held_together(prefixes: Sequence[bytes]) -> list[list[bytes]]:
+    """Groups of consecutive prefixes, none of more than ``PREFIX_TOKENS`` unless it is one."""
+    groups: list[list[bytes]] = []
+    tokens = 0
+    for prefix in prefixes:
+        tokens += _tokens(prefix)
+        if not groups or tokens > PREFIX_TOKENS:
+            groups.append([])
+            tokens = _tokens(prefix)
+        groups[-1].append(prefix)
+    return groups
+
+
+def _tokens(prefix: bytes) -> int:
+    """How many ids lie in the bytes."""
+    return len(prefix) // np.dtype(np.int64).itemsize
+
+
+def _prefix_of_each(sections: Sequence[Section]) -> list[Ids]:
+    """The prefix of each text."""
+    return [section.prefix for section in sections for _ in range(section.texts)]
+
+
 def _pack(
-    pieces: Sequence[Ids], masks: Sequence[NDArray[np.bool_]], rows: Ids, prefix: Ids | None
+    pieces: Sequence[Ids],
+    masks: Sequence[NDArray[np.bool_]],
+    rows: Ids,
+    sections: tuple[Section, ...],
 ) -> PackedBatch:
-    start = 0 if prefix is None else len(prefix)
-    positions = [np.arange(start, start + len(piece), dtype=np.int64) for piece in pieces]
+    starts = [len(prefix) for prefix in _prefix_of_each(sections)]
+    positions = [
+        np.arange(start, start + len(piece), dtype=np.int64)
+        for start, piece in zip(starts, pieces, strict=True)
+    ]
     return PackedBatch(
         np.concatenate(pieces),
         np.concatenate(positions),
         np.cumsum([0, *map(len, pieces)], dtype=np.int64),
         np.concatenate(masks),
         rows,
-        prefix,
+        sections,
     )

@@ -1,6 +1,5 @@
 """Attention over packed texts against one text after another, with the mask written out."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +12,12 @@ from torch import Tensor
 from lowmem.compute.attention import Spans, attend
 from tests.tolerances import ATTENTION
 
-LENGTHS = st.lists(
-    st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=4
-)  # (texts, tokens of each) of each run
+Sections = list[tuple[int, list[int]]]
+SECTIONS = st.lists(
+    st.tuples(st.integers(0, 7), st.lists(st.sampled_from([1, 2, 3, 9]), min_size=1, max_size=6)),
+    min_size=1,
+    max_size=4,
+)  # tokens of each prefix, and of the texts behind it
 
 
 def heads(tokens: int, count: int, head_dim: int, seed: int) -> Tensor:
@@ -24,34 +26,37 @@ def heads(tokens: int, count: int, head_dim: int, seed: int) -> Tensor:
 
 
 def slow_attend(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], prefix: int, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, sections: Sections, causal: bool
 ) -> Tensor:
-    """Each text alone, in float64: its tokens see the prefix and, if causal, no later token.
+    """Each text alone, in float64: its tokens see its prefix and, if causal, no later token.
 
-    ``key`` and ``value`` begin with the prefix's, and ``query`` has none of it.
+    ``key`` and ``value`` begin with those of all prefixes, and ``query`` has none of them.
     """
     share = query.shape[1] // key.shape[1]
     query, key, value = query.double(), key.double(), value.double()
     key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
     mixed = torch.empty_like(query)
-    begin = 0
-    for length in lengths:
-        own = slice(begin, begin + length)
-        seen = [*range(prefix), *range(prefix + begin, prefix + own.stop)]
-        visible = torch.ones(length, len(seen), dtype=torch.bool)
-        if causal:
-            visible = visible.tril(prefix)
-        scores = torch.einsum("qhd,khd->hqk", query[own], key[seen]) / query.shape[2] ** 0.5
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        mixed[own] = torch.einsum("hqk,khd->qhd", weights, value[seen])
-        begin = own.stop
+    before = sum(prefix for prefix, _ in sections)
+    begin = prefix_begin = 0
+    for prefix, lengths in sections:
+        for length in lengths:
+            own = slice(begin, begin + length)
+            seen = [*range(prefix_begin, prefix_begin + prefix)]
+            seen += range(before + begin, before + own.stop)
+            visible = torch.ones(length, len(seen), dtype=torch.bool)
+            if causal:
+                visible = visible.tril(prefix)
+            scores = torch.einsum("qhd,khd->hqk", query[own], key[seen]) / query.shape[2] ** 0.5
+            weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+            mixed[own] = torch.einsum("hqk,khd->qhd", weights, value[seen])
+            begin = own.stop
+        prefix_begin += prefix
     return mixed.flatten(1)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    runs=LENGTHS,
-    prefix=st.integers(0, 7),
+    sections=SECTIONS,
     key_heads=st.integers(1, 3),
     share=st.integers(1, 4),
     head_dim=st.sampled_from([2, 8, 32]),
@@ -60,8 +65,7 @@ def slow_attend(
     seed=st.integers(0, 2**32 - 1),
 )
 def test_packed_attention_is_attention_in_each_text(
-    runs: list[tuple[int, int]],
-    prefix: int,
+    sections: Sections,
     key_heads: int,
     share: int,
     head_dim: int,
@@ -69,13 +73,15 @@ def test_packed_attention_is_attention_in_each_text(
     pooled_only: bool,
     seed: int,
 ) -> None:
-    prefix = prefix if is_causal else 0
-    lengths = [length for count, length in runs for _ in range(count)]
-    tokens = sum(lengths)
+    if not is_causal:
+        sections = [(0, lengths) for _, lengths in sections]
+    prefix = sum(tokens for tokens, _ in sections)
+    tokens = sum(sum(lengths) for _, lengths in sections)
     query = heads(tokens, key_heads * share, head_dim, seed)
     key, value = (heads(prefix + tokens, key_heads, head_dim, seed + n) for n in (1, 2))
-    spans = Spans.of(lengths, prefix, is_causal, "cpu")
-    expected = slow_attend(query, key, value, lengths, prefix, is_causal)
+    spans = Spans.of(sections, is_causal, "cpu")
+    assert spans.prefix_tokens == prefix
+    expected = slow_attend(query, key, value, sections, is_causal)
     if pooled_only:
         spans, query = spans.of_last_tokens(), query[spans.last_tokens]
         expected = expected[spans.last_tokens]
@@ -84,15 +90,16 @@ def test_packed_attention_is_attention_in_each_text(
     assert float((got - expected).abs().max()) <= ATTENTION
 
 
-def test_last_tokens_are_found_and_the_prefix_is_not_counted() -> None:
-    spans = Spans.of([3, 3, 1], 4, True, "cpu")
-    assert spans.runs == ((2, 3), (1, 1))
-    assert spans.last_tokens.tolist() == [2, 5, 6]
+def test_last_tokens_are_found_and_prefixes_are_not_counted() -> None:
+    spans = Spans.of([(4, [3, 3, 1]), (0, [1]), (2, [1])], True, "cpu")
+    assert spans.runs == ((2, 3, 0, 4), (1, 1, 0, 4), (1, 1, 4, 4), (1, 1, 4, 6))
+    assert spans.prefix_tokens == 6
+    assert spans.last_tokens.tolist() == [2, 5, 6, 7, 8]
 
 
 def test_texts_of_one_length_go_through_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = record_calls(monkeypatch)
-    spans = Spans.of([5, 5, 5, 2, 2], 0, True, "cpu")
+    spans = Spans.of([(0, [5, 5, 5, 2, 2])], True, "cpu")
     attend(heads(19, 2, 4, 0), heads(19, 1, 4, 1), heads(19, 1, 4, 2), spans)
     assert shapes == [(3, 2, 5, 4), (2, 2, 2, 4)]
 
@@ -104,8 +111,8 @@ def test_copies_of_the_prefix_hold_no_more_tokens_than_the_batch(
     tokens = prefix + sum(lengths)
     query, key, value = (heads(tokens, 1, 4, seed) for seed in range(3))
     query = query[prefix:]
-    spans = Spans.of(lengths, prefix, True, "cpu")
-    expected = slow_attend(query, key, value, lengths, prefix, True)
+    spans = Spans.of([(prefix, lengths)], True, "cpu")
+    expected = slow_attend(query, key, value, [(prefix, lengths)], True)
     shapes = record_calls(monkeypatch)
     got = attend(query, key, value, spans)
     assert float((got - expected).abs().max()) <= ATTENTION
@@ -116,8 +123,8 @@ def test_copies_of_the_prefix_hold_no_more_tokens_than_the_batch(
 def test_a_prefix_that_is_longer_than_the_texts_still_takes_one_text_at_a_time() -> None:
     query, key, value = (heads(23, 2, 4, seed) for seed in range(3))
     query = query[20:]
-    spans = Spans.of([1, 1, 1], 20, True, "cpu")
-    expected = slow_attend(query, key, value, [1, 1, 1], 20, True)
+    spans = Spans.of([(20, [1, 1, 1])], True, "cpu")
+    expected = slow_attend(query, key, value, [(20, [1, 1, 1])], True)
     assert float((attend(query, key, value, spans) - expected).abs().max()) <= ATTENTION
 
 
@@ -126,14 +133,14 @@ def test_texts_too_long_for_a_mask_see_the_same_behind_a_prefix(lengths: list[in
     prefix, tokens = 5, sum(lengths)
     query = heads(tokens, 2, 8, 0)
     key, value = (heads(prefix + tokens, 1, 8, seed) for seed in (1, 2))
-    spans = Spans.of(lengths, prefix, True, "cpu")
-    expected = slow_attend(query, key, value, lengths, prefix, True)
+    spans = Spans.of([(prefix, lengths)], True, "cpu")
+    expected = slow_attend(query, key, value, [(prefix, lengths)], True)
     assert float((attend(query, key, value, spans) - expected).abs().max()) <= ATTENTION
 
 
 def test_a_prefix_is_only_for_causal_attention() -> None:
     with pytest.raises(AssertionError, match="would see the texts behind it"):
-        Spans.of([3], 2, False, "cpu")
+        Spans.of([(2, [3])], False, "cpu")
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:

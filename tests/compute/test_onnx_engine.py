@@ -26,7 +26,7 @@ from lowmem.compute.plan import Plan
 from lowmem.errors import BackendError, BundleError, CapacityError
 from lowmem.hardware import probe
 from lowmem.planner.memory import ONNX_BASE_BYTES, predict
-from lowmem.text.batching import EncodedText, PackedBatch, pack
+from lowmem.text.batching import EncodedText, PackedBatch, Section, pack
 from tests.bidirectional import NVEMBED, put_own_config, tiny_nvembed
 from tests.models import CONTRACT, VOCAB_SIZE, tiny_checkpoint
 from tests.tolerances import INVARIANCE, ONNX_ROUNDED_COSINE
@@ -123,7 +123,7 @@ def test_a_prefix_is_put_back(variants: dict[str, Path]) -> None:
         cuts,
         batch.pooling_mask[own],
         batch.rows,
-        np.arange(5, 15),
+        (Section(np.arange(5, 15), batch.texts),),
     )
     (expected,), (got,) = model.embed([batch]), model.embed([apart])
     np.testing.assert_array_equal(expected, got)

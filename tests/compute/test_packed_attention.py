@@ -49,24 +49,28 @@ def reference(query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    runs=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=4),
-    prefix=st.integers(0, 7),
+    sections=st.lists(
+        st.tuples(st.integers(0, 7), st.lists(st.integers(1, 9), min_size=1, max_size=6)),
+        min_size=1,
+        max_size=4,
+    ),
     share=st.integers(1, 3),
     is_causal=st.booleans(),
     pooled_only=st.booleans(),
 )
 def test_a_kernel_and_sdpa_by_length_give_the_plain_form(
-    runs: list[tuple[int, int]], prefix: int, share: int, is_causal: bool, pooled_only: bool
+    sections: list[tuple[int, list[int]]], share: int, is_causal: bool, pooled_only: bool
 ) -> None:
-    prefix = prefix if is_causal else 0
-    lengths = [length for count, length in runs for _ in range(count)]
-    tokens = sum(lengths)
+    if not is_causal:
+        sections = [(0, lengths) for _, lengths in sections]
+    prefix = sum(tokens for tokens, _ in sections)
+    tokens = sum(sum(lengths) for _, lengths in sections)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         2 * torch.rand(count, heads, 8, generator=generator) - 1
         for count, heads in ((tokens, 2 * share), (prefix + tokens, 2), (prefix + tokens, 2))
     )
-    spans = Spans.of(lengths, prefix, is_causal, "cpu")
+    spans = Spans.of(sections, is_causal, "cpu")
     if pooled_only:
         spans, query = spans.of_last_tokens(), query[spans.last_tokens]
     expected = attention.attend(query, key, value, spans)

@@ -47,6 +47,12 @@ def test_keeping_a_prefix_again_does_not_count_it_twice() -> None:
     assert cache.get(b"a") is not None
 
 
+def test_of_many_prefixes_the_first_are_kept() -> None:
+    ids = [bytes(8 * tokens) for tokens in (4, 5, 2, 1)]
+    assert PrefixCache(10).fitting(ids) == ids[:2]
+    assert PrefixCache(0).fitting(ids) == []
+
+
 @pytest.mark.parametrize(("variant", "compute"), [("fp16", "fp32"), ("int8", "int8")])
 @pytest.mark.parametrize("schedule", ["resident", "streamed"])
 def test_a_prefix_is_computed_once_and_changes_no_vector(

@@ -71,17 +71,17 @@ def test_packed_attention_is_the_plain_form(dtype: torch.dtype) -> None:
         pytest.skip("needs a card that flash attention runs on")
     kernel = packed_attention.find_kernel(dtype, 128, "cuda")
     assert kernel is not None
-    lengths, prefix = [4096, 513, 1, 1, 300], 17
-    tokens = prefix + sum(lengths)
+    sections = [(17, [4096, 513, 1, 1]), (0, [5]), (3, [300])]
+    tokens = 20 + 4096 + 513 + 1 + 1 + 5 + 300
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         (2 * torch.rand(tokens, heads, 128, generator=generator) - 1).to(dtype)
         for heads in (8, 2, 2)
     )
-    spans = Spans.of(lengths, prefix, True, "cpu")
+    spans = Spans.of(sections, True, "cpu")
     expected = attend(query.float(), key.float(), value.float(), spans)
     on_device = (states.cuda() for states in (query, key, value))
-    got = packed_attention.attend(kernel, *on_device, Spans.of(lengths, prefix, True, "cuda"))
+    got = packed_attention.attend(kernel, *on_device, Spans.of(sections, True, "cuda"))
     name = str(dtype).removeprefix("torch.")
     assert float((got.float().cpu() - expected).abs().max()) <= PACKED_ATTENTION[name]
 

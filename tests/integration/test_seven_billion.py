@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,20 @@ def test_measurements_of_another_commit_are_refused(script, tmp_path, capsys):
     assert f"{kept} is of commit 0123: remove it to measure anew" in capsys.readouterr().err
 
 
-def test_the_plans_are_those_of_int8_and_int4_and_a_streamed_one(script, tmp_path):
+@pytest.mark.parametrize("features", [("avx2",), ("avx2", "avx512_vnni", "avx512_bf16")], ids=str)
+def test_the_plans_are_those_whose_memory_differs(script, tmp_path, monkeypatch, features):
+    machine = replace(script.hardware.probe(), cpu_features=features)
+    monkeypatch.setattr(script.hardware, "probe", lambda: machine)
     site = script.Site(tmp_path, "tiny")
     site.checkpoint()
-    plans = site.plans()
-    assert {plan.variant for plan in plans if plan.schedule == "resident"} == {"int8", "int4"}
-    assert [plan.variant for plan in plans if plan.schedule == "streamed"] == ["fp16"]
-    assert {plan.device for plan in plans} == {"cpu"}
+    plans = {plan.report_id: plan for plan in site.plans()}
+    assert {plan.device for plan in plans.values()} == {"cpu"}
+    streamed = {name for name, plan in plans.items() if plan.schedule == "streamed"}
+    assert streamed == ({"fp16-torch-cpu-bf16"} if machine.has_native_bf16 else set())
+    resident = plans.keys() - streamed
+    assert {name.split("-")[0] for name in resident} == {"int8", "int4"}
+    assert "int8-onnxruntime-cpu-int8" in resident
+    assert ("int8-torch-cpu-int8" in resident) == machine.has_vnni
 
 
 def test_what_keeps_its_ceilings_and_predictions_is_not_broken(script):

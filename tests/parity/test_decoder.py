@@ -115,7 +115,7 @@ def batches(
 ) -> list[PackedBatch]:
     packed = pack(encoded, 150, pooling=pooling, shortest_prefix=1 if share else None)
     assert len(packed) > 1
-    assert all((batch.prefix is not None) == share for batch in packed)
+    assert all(bool(len(section.prefix)) == share for batch in packed for section in batch.sections)
     return packed
 
 
@@ -192,6 +192,24 @@ def test_embeddings_are_those_of_transformers(
             expected = pooled(state, encoded[row], pooling)
             assert cosine_distance(vector, expected) < PARITY_COSINE, row
             assert relative_error(torch.from_numpy(vector), expected) < PARITY_HIDDEN_STATES, row
+
+
+def test_texts_behind_different_prefixes_share_a_pass(model: Model) -> None:
+    generator = np.random.default_rng(2)
+    prefixes = [generator.integers(0, VOCAB_SIZE, size) for size in (PREFIX_TOKENS, 0, 2)]
+    encoded = [
+        EncodedText(
+            np.concatenate([prefix, generator.integers(0, VOCAB_SIZE, length)]), len(prefix), 0
+        )
+        for prefix in prefixes
+        for length in LENGTHS
+    ]
+    (batch,) = pack(encoded, sum(LENGTHS) * len(prefixes), shortest_prefix=1)
+    assert len(batch.sections) == len(prefixes)
+    (vectors,) = model.engine().embed([batch])
+    for row, vector in zip(batch.rows, vectors, strict=True):
+        state = model.states(tuple(encoded[row].input_ids.tolist()), True)
+        assert cosine_distance(vector, state.final[-1]) < PARITY_COSINE, row
 
 
 def test_the_last_layer_for_pooled_tokens_alone_gives_the_same_vectors(model: Model) -> None:

@@ -5,8 +5,9 @@ import pytest
 from lowmem.artifact.formats import Int8Channel
 from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.artifact.variants import HIGH, formats_for
-from lowmem.compute.plan import PREFIX_TOKENS, Plan
+from lowmem.compute.plan import Plan
 from lowmem.planner import device_memory, memory
+from lowmem.text.batching import PREFIX_TOKENS
 from tests.shapes import SEVEN_B
 
 GIB = 2**30

@@ -1,14 +1,14 @@
 """Packing: nothing is lost, nothing is computed twice, and no batch is too large."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem.text.batching import EncodedText, PackedBatch, duplicates, pack
+from lowmem.text.batching import PREFIX_TOKENS, EncodedText, PackedBatch, duplicates, pack
 
 PREFIXES = ([], [1], [1, 7, 7], [1, 7, 8, 9])
 
@@ -31,6 +31,11 @@ POOLINGS = st.sampled_from(["lasttoken", "mean"])
 
 def text(ids: Sequence[int], prefix_tokens: int = 0, pooled_from: int = 0) -> EncodedText:
     return EncodedText(np.array(ids, np.int64), prefix_tokens, pooled_from)
+
+
+def prefixes(batch: PackedBatch) -> list[list[int]]:
+    """What stands before each text."""
+    return [section.prefix.tolist() for section in batch.sections for _ in range(section.texts)]
 
 
 def pieces(batch: PackedBatch) -> list[tuple[int, list[int], list[int], list[bool]]]:
@@ -57,10 +62,9 @@ def test_every_distinct_text_is_packed_whole_and_once(
     rows = [row for batch in batches for row in batch.rows.tolist()]
     assert sorted(rows) == sorted(set(duplicates(texts).tolist()))
     for batch in batches:
-        before = [] if batch.prefix is None else batch.prefix.tolist()
         assert batch.cu_seqlens[0] == 0
         assert batch.cu_seqlens[-1] == batch.tokens == len(batch.pooling_mask)
-        for row, ids, positions, _ in pieces(batch):
+        for before, (row, ids, positions, _) in zip(prefixes(batch), pieces(batch), strict=True):
             assert ids
             assert before + ids == texts[row].input_ids.tolist()
             assert positions == list(range(len(before), len(before) + len(ids)))
@@ -81,13 +85,8 @@ def test_a_batch_is_within_its_budget_unless_it_is_one_text(
 def test_a_batch_is_full_before_the_next_begins(
     texts: list[EncodedText], budget: int, shortest: int | None
 ) -> None:
-    groups: dict[bytes, list[PackedBatch]] = {}
-    for batch in pack(texts, budget, shortest_prefix=shortest):
-        key = b"" if batch.prefix is None else batch.prefix.tobytes()
-        groups.setdefault(key, []).append(batch)
-    for group in groups.values():
-        for batch, following in pairwise(group):
-            assert batch.tokens + len(ids_of(following)[0]) > budget
+    for batch, following in pairwise(pack(texts, budget, shortest_prefix=shortest)):
+        assert batch.tokens + max(map(len, ids_of(following))) > budget
 
 
 def ids_of(batch: PackedBatch) -> list[list[int]]:
@@ -129,8 +128,8 @@ def test_without_its_prefix_a_batch_is_as_if_none_had_been_shared(
     texts: list[EncodedText], budget: int, shortest: int | None
 ) -> None:
     for batch in pack(texts, budget, shortest_prefix=shortest):
-        whole = batch.without_prefix()
-        assert whole.prefix is None
+        whole = batch.without_prefixes()
+        assert not any(prefixes(whole))
         assert whole.rows.tolist() == batch.rows.tolist()
         for row, ids, positions, mask in pieces(whole):
             assert ids == texts[row].input_ids.tolist()
@@ -147,9 +146,8 @@ def test_splitting_a_batch_loses_no_text(texts: list[EncodedText], shortest: int
         first, second = batch.split()
         assert abs(first.texts - second.texts) <= 1
         assert pieces(first) + pieces(second) == pieces(batch)
-        for part in (first, second):
-            assert part.cu_seqlens[0] == 0
-            assert (part.prefix is None) == (batch.prefix is None)
+        assert prefixes(first) + prefixes(second) == prefixes(batch)
+        assert first.cu_seqlens[0] == second.cu_seqlens[0] == 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -158,10 +156,26 @@ def test_a_prefix_is_left_out_only_where_it_is_long_enough(
     texts: list[EncodedText], budget: int, shortest: int | None
 ) -> None:
     for batch in pack(texts, budget, shortest_prefix=shortest):
-        for row in batch.rows.tolist():
+        for row, prefix in zip(batch.rows.tolist(), prefixes(batch), strict=True):
             tokens = texts[row].prefix_tokens
-            shared = shortest is not None and tokens >= shortest
-            assert (0 if batch.prefix is None else len(batch.prefix)) == tokens * shared
+            assert len(prefix) == (0 if shortest is None or tokens < shortest else tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXTS, BUDGETS, SHORTEST)
+def test_a_prefix_stands_once_in_a_batch(
+    texts: list[EncodedText], budget: int, shortest: int | None
+) -> None:
+    for batch in pack(texts, budget, shortest_prefix=shortest):
+        known = [tuple(section.prefix.tolist()) for section in batch.sections]
+        assert len(known) == len(set(known))
+
+
+def test_batches_have_no_more_prefixes_than_are_held_together() -> None:
+    sizes = [PREFIX_TOKENS // 2, PREFIX_TOKENS // 2, 1, PREFIX_TOKENS + 1, 3]
+    texts = [text([number] * size + [9], size) for number, size in enumerate(sizes)]
+    batches = pack(texts, 1000, shortest_prefix=1)
+    assert sorted(batch.rows.tolist() for batch in batches) == [[0, 1], [2], [3], [4]]
 
 
 @settings(max_examples=100, deadline=None)
@@ -173,8 +187,10 @@ def test_longest_texts_come_first(
     longest = [max(map(len, ids_of(batch))) for batch in batches]
     assert longest == sorted(longest, reverse=True)
     for batch in batches:
-        lengths = [len(ids) for ids in ids_of(batch)]
-        assert lengths == sorted(lengths, reverse=True)
+        lengths = iter([len(ids) for ids in ids_of(batch)])
+        for section in batch.sections:
+            of_section = list(islice(lengths, section.texts))
+            assert of_section == sorted(of_section, reverse=True)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])

@@ -1,6 +1,6 @@
 """Attention over packed texts by a kernel that knows where each text begins: one call a batch.
 
-With a shared prefix the keys of every text are the prefix's and its own; causal masks of these
+With shared prefixes the keys of every text are its prefix's and its own; causal masks of these
 kernels are aligned to the last key, so that queries need no padding. Which of the kernels there is
 depends on card and torch: each must first agree with the plain form on small extreme texts.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowmem.compute import attention
-from lowmem.compute.attention import Spans
+from lowmem.compute.attention import Run, Spans
 
 logger = logging.getLogger(__name__)
 
@@ -131,20 +131,19 @@ def _parameters(function: Callable[..., object]) -> frozenset[str]:
 
 
 @lru_cache(_LAYOUTS)
-def _layout(
-    runs: tuple[tuple[int, int], ...], prefix: int, pooled_only: bool, device: str
-) -> Layout:
-    lengths = torch.tensor([length for count, length in runs for _ in range(count)])
+def _layout(runs: tuple[Run, ...], prefix_tokens: int, pooled_only: bool, device: str) -> Layout:
+    each = [run for run in runs for _ in range(run.texts)]
+    lengths = torch.tensor([run.length for run in each])
     queries = torch.ones_like(lengths) if pooled_only else lengths
-    keys = lengths + prefix
+    keys = lengths + torch.tensor([run.prefix_tokens for run in each])
     rows = None
-    if prefix:
-        begins = prefix + lengths.cumsum(0) - lengths
-        # Counted from each text's first key: those below zero are the prefix's.
-        place = torch.cat([torch.arange(-prefix, int(length)) for length in lengths])
-        begin = begins.repeat_interleave(keys)
-        rows = torch.where(place < 0, place + prefix, place + begin)
-        rows = rows.to(device)
+    if prefix_tokens:
+        begins = prefix_tokens + lengths.cumsum(0) - lengths
+        pieces = []
+        for run, begin in zip(each, begins.tolist(), strict=True):
+            pieces.append(torch.arange(run.prefix_begin, run.prefix_end))
+            pieces.append(torch.arange(begin, begin + run.length))
+        rows = torch.cat(pieces).to(device)
     return Layout(
         _edges(queries, device), _edges(keys, device), int(queries.max()), int(keys.max()), rows
     )
@@ -162,18 +161,19 @@ def _agrees(kernel: Kernel, dtype: torch.dtype, head_dim: int, device: str) -> b
     Scores are up to some hundreds, where a softmax without its maximum taken off would overflow.
     """
     generator = torch.Generator().manual_seed(0)
-    for lengths, prefix, causal in (
-        ([1, 1, 130, 7], 0, True),
-        ([3, 3, 40], 5, True),
-        ([9], 0, False),
+    for sections, causal in (
+        ([(0, [1, 1, 130, 7])], True),
+        ([(5, [3, 3, 40]), (0, [2]), (9, [40, 1])], True),
+        ([(0, [9])], False),
     ):
-        tokens = sum(lengths)
+        full = Spans.of(sections, causal, "cpu")
+        tokens = sum(sum(lengths) for _, lengths in sections)
+        keys = full.prefix_tokens + tokens
         query, key, value = (
             torch.randn(count, heads, head_dim, generator=generator).to(dtype)
-            for count, heads in ((tokens, 4), (prefix + tokens, 2), (prefix + tokens, 2))
+            for count, heads in ((tokens, 4), (keys, 2), (keys, 2))
         )
         query *= 16
-        full = Spans.of(lengths, prefix, causal, "cpu")
         for spans in (full, full.of_last_tokens()):
             asked = query[spans.last_tokens] if spans.pooled_only else query
             expected = attention.attend(asked.float(), key.float(), value.float(), spans)
