@@ -96,6 +96,38 @@ def peers_table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Tokens per second. {_source(record)}"])
 
 
+_TITLES = {
+    "export": "export of all variants and graphs",
+    "export-int4": "export of `int4`",
+    "export-int8": "export of `int8`",
+    "reference": "16-bit reference, streamed",
+}
+
+
+def seven_billion_table(record: dict[str, Any]) -> str:
+    """One row per step that has a ceiling: time, speed and peak, beside what was predicted."""
+    lines = [
+        "| | seconds | tokens/s | peak memory | predicted | ceiling |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    steps = {name: one for name, one in record["steps"].items() if "ceiling_peak_host_bytes" in one}
+    for name in (*_TITLES, *sorted(steps.keys() - _TITLES.keys())):
+        one = steps[name]
+        peak, predicted, ceiling = (
+            f"{one[key] / 2**30:.2f} GiB" if key in one else ""
+            for key in ("peak_host_bytes", "predicted_peak_host_bytes", "ceiling_peak_host_bytes")
+        )
+        title = _TITLES.get(name, f"`{name}`")
+        speed = f"{one['tokens_per_second']:.1f}" if "tokens_per_second" in one else ""
+        lines.append(
+            f"| {title} | {one['seconds']:.0f} | {speed} | {peak} | {predicted} | {ceiling} |"
+        )
+    texts = record["steps"]["reference"]
+    model = f"Random weights of the shape of Mistral 7B, {texts['texts']} texts"
+    about = f"{model}, {texts['tokens']} tokens,"
+    return "\n".join([*lines, "", _source(record | {"model": about})])
+
+
 def _source(record: dict[str, Any]) -> str:
     machine = record["machine"]
     known = machine["cpu_features"]
@@ -107,7 +139,12 @@ def _source(record: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"demo": plans_table, "quantizers": quantizers_table, "peers-cpu": peers_table}
+TABLES = {
+    "demo": plans_table,
+    "quantizers": quantizers_table,
+    "peers-cpu": peers_table,
+    "seven-billion": seven_billion_table,
+}
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 

@@ -90,7 +90,6 @@ def export(
         if "int4" not in names:
             raise InputError("--bits needs int4 among the variants")
         names = [budgeted(bits) if name == "int4" else name for name in names]
-    from export.pipeline import export as run
     from export.sources import open_source
 
     # Before any weights are downloaded.
@@ -99,6 +98,8 @@ def export(
     progress = _Progress()
     opened = open_source(source, accepts_licence=accepts, progress=progress)
     typer.echo(f"licence: {opened.licence or 'none named by the source'}", err=True)
+    from export.pipeline import export as run  # with torch, which what is refused need not wait for
+
     run(
         opened,
         bundle,
