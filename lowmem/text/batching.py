@@ -91,6 +91,8 @@ class PackedBatch:
 
     def without_prefixes(self) -> PackedBatch:
         """The same texts with its prefix put back into each of them."""
+        if not any(len(section.prefix) for section in self.sections):
+            return self
         pieces, masks = [], []
         prefixes = _prefix_of_each(self.sections)
         for prefix, (begin, end) in zip(prefixes, pairwise(self.cu_seqlens), strict=True):
