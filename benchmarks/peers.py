@@ -38,7 +38,7 @@ from lowmem.data import Row
 from lowmem.measure import measure_ceiling, package_versions
 from lowmem.planner.candidates import Wishes
 from lowmem.planner.choice import choose
-from lowmem.text.files import read_rows
+from lowmem.text.reading import read_rows
 
 KINDS = ("short", "mid", "long", "instructed")
 ROUNDS, QUICK_ROUNDS = 7, 3

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
 from pathlib import Path
 
 from lowmem.errors import CapacityError
+from lowmem.scratch import DISK_FULL
 
 _FICLONE = 0x40049409
 
@@ -30,7 +30,7 @@ def link_or_copy(source: Path, target: Path, *, copy: bool) -> None:
             shutil.copyfile(source, target)
         _sync_file(target)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise CapacityError(f"the disk is full: {target} could not be copied") from error
         raise
 

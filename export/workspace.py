@@ -11,7 +11,6 @@ itself is locked meanwhile, and the journal is the last that goes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -25,6 +24,7 @@ from lowmem import cache
 from lowmem.artifact import strict_json
 from lowmem.artifact.manifest import MANIFEST, Bundle, Manifest, parse_manifest
 from lowmem.errors import BundleError, CapacityError, InputError, LowmemError
+from lowmem.scratch import DISK_FULL
 
 PARTIAL = ".partial"
 _SPARE_BYTES = 64 * 2**20
@@ -243,7 +243,7 @@ def _busy(bundle: Path) -> str:
 
 
 def _unwritable(bundle: Path, error: OSError) -> LowmemError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return CapacityError(f"the disk is full: {bundle}")
     return InputError(f"{bundle} cannot be written: {error.strerror}")
 

@@ -16,6 +16,7 @@ import numpy as np
 from export.layout import Layout
 from lowmem.artifact.tensors import RawTensor, StoredTensor, TensorSpec
 from lowmem.errors import BundleError, CapacityError
+from lowmem.scratch import DISK_FULL
 
 _BLOCK_BYTES = 2**20
 
@@ -125,7 +126,7 @@ class TensorWriter:
 
     def _raise(self, error: OSError) -> NoReturn:
         size = self._layout.size
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise CapacityError(f"the disk is full: {self._path} needs {size} bytes") from error
         if error.errno == errno.EFBIG:
             raise CapacityError(

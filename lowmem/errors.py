@@ -45,3 +45,9 @@ def missing_extra(package: str, extra: str, purpose: str) -> BackendError:
         f"{purpose} needs the package {package}, which is not installed: "
         f"pip install 'lowmem[{extra}]'"
     )
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what the system or a library says of an error, on one line."""
+    said = getattr(error, "strerror", None) or str(error)
+    return " ".join(said.split())

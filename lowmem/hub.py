@@ -8,7 +8,6 @@ this module.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.errors import BackendError, CapacityError, InputError, LowmemError
+from lowmem.scratch import DISK_FULL
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def _explained(error: BaseException, model: HubModel, file: str | None = None) -
             f"{_endpoint()} answers with HTTP status {status} for {model}: try again later"
         )
     number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT):
+    if number in DISK_FULL:
         return CapacityError(
             f"the disk is full: {file} of {model.name} could not be downloaded to "
             f"{constants.HF_HUB_CACHE}; make room, or set HF_HOME to a directory on another disk"

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from lowmem.errors import CapacityError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says where a disk, a quota or a limit on the size of files is full."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where a disk or a quota is full."""
+NO_ROOM = (*DISK_FULL, errno.EFBIG)
+"""The same, and what it says where a file is over a limit on the size of files."""
 
 
 def mapped(directory: Path, shape: tuple[int, ...], purpose: str) -> NDArray[np.float32]:

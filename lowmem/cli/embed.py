@@ -15,8 +15,9 @@ from lowmem.artifact.weights import Checkpoint
 from lowmem.cli import options
 from lowmem.errors import InputError
 from lowmem.scratch import mapped
-from lowmem.text.files import InputRow, check_output, read_rows, write_vectors
+from lowmem.text.reading import InputRow, read_rows
 from lowmem.text.tokenizer import Tokenizer
+from lowmem.text.writing import check_output, write_vectors
 
 
 def embed(

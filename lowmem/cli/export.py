@@ -22,7 +22,7 @@ from lowmem.cli.options import size_text
 from lowmem.data import Row
 from lowmem.errors import InputError, missing_extra
 from lowmem.progress import bar, duration_text
-from lowmem.text.files import read_rows
+from lowmem.text.reading import read_rows
 
 BUILT_IN = "built-in"
 

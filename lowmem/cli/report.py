@@ -32,7 +32,7 @@ from lowmem.measure import package_versions
 from lowmem.planner.candidates import Subject, Wishes, candidates
 from lowmem.planner.timing import known_speeds
 from lowmem.progress import bar
-from lowmem.text.files import read_rows
+from lowmem.text.reading import read_rows
 
 BELOW_THE_FLOOR = 3
 

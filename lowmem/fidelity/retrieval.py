@@ -23,7 +23,7 @@ from lowmem.fidelity import neighbours
 from lowmem.fidelity.directions import Floats, Vectors
 from lowmem.fidelity.neighbours import Indices
 from lowmem.fidelity.statistics import LEVEL, interval_of_mean
-from lowmem.text.files import read_records
+from lowmem.text.reading import read_records
 
 DEPTH = 100
 FIGURES = ("ndcg@10", "recall@10", "recall@100", "mrr@10")

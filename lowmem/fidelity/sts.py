@@ -18,7 +18,7 @@ from lowmem.errors import InputError
 from lowmem.fidelity.directions import TIE_DECIMALS, Floats, Vectors
 from lowmem.fidelity.metrics import cosines
 from lowmem.fidelity.statistics import LEVEL, correlation, interval_of_correlations
-from lowmem.text.files import read_records
+from lowmem.text.reading import read_records
 
 _FEWEST = 3
 _TEXT_KEYS = (("a", "b"), ("sentence1", "sentence2"))

@@ -18,6 +18,7 @@ from export.sources import HuggingFaceDirectory, open_source
 from lowmem import hub as hub_files
 from lowmem.errors import BackendError, BundleError, CapacityError, InputError
 from lowmem.hub import HubModel, parse_id
+from tests.bundles import assert_equal, tree
 from tests.hub_server import COMMIT, Hub, serving
 from tests.models import CONTRACT, tiny_checkpoint
 
@@ -129,17 +130,9 @@ def test_the_hub_and_its_directory_give_the_same_bundle_but_for_name_and_revisio
     for source, place in ((NAME, "hub-bundle"), (checkpoint, "bundle")):
         opened = open_source(source)
         export(opened, tmp_path / place, CONTRACT, variants=["fp16", "int8", "int4"])
-    trees = [
-        {
-            path.relative_to(tmp_path / place).as_posix(): path.read_bytes()
-            for path in (tmp_path / place).rglob("*")
-            if path.is_file()
-        }
-        for place in ("hub-bundle", "bundle")
-    ]
-    manifests = [json.loads(tree.pop("lowmem.json")) for tree in trees]
-    assert trees[0].keys() == trees[1].keys()
-    assert [name for name in trees[1] if trees[0][name] != trees[1][name]] == []
+    trees = [tree(tmp_path / place) for place in ("hub-bundle", "bundle")]
+    manifests = [json.loads(files.pop("lowmem.json")) for files in trees]
+    assert_equal(*trees)
     sources = [manifest.pop("source") for manifest in manifests]
     assert manifests[0] == manifests[1]
     digest = sources[1]["sha256"]

@@ -10,14 +10,13 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from export import linking
 from export.journal import Journal
-from export.linking import link_or_copy, links
 from export.workspace import Workspace
 from lowmem import cache
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle, FileEntry, Manifest, Variant, file_sha256
 from lowmem.errors import BundleError, CapacityError, InputError
+from tests.bundles import tree
 
 CONTRACT = Contract(
     query_template="{text}",
@@ -32,11 +31,6 @@ CONTRACT = Contract(
 PARTIAL = ".partial"
 WORK = "digest of the work"
 OLD, NEW = b"the old weights", b"the new weights, and more"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -92,14 +86,6 @@ def add_strangers(path: Path) -> dict[str, bytes]:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(f"what is in {name}")
     return tree(path)
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(path).as_posix(): file.read_bytes()
-        for file in path.rglob("*")
-        if file.is_file()
-    }
 
 
 def test_a_published_bundle_holds_its_variants_and_nothing_else(path: Path) -> None:
@@ -471,68 +457,3 @@ def test_a_damaged_manifest_is_an_error_and_nothing_is_removed(path: Path) -> No
     with pytest.raises(BundleError, match=r"lowmem\.json is not JSON"):
         Workspace(path)
     assert tree(path) == before
-
-
-@pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file on a disk that cannot share blocks between files."""
-    monkeypatch.setattr(linking, "_reflink", lambda source, target: False)
-    path = tmp_path / "source.safetensors"
-    path.write_bytes(OLD)
-    return path
-
-
-def test_a_link_shares_the_inode(source: Path, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    link_or_copy(source, target, copy=False)
-    assert target.stat().st_ino == source.stat().st_ino
-    assert links(source, tmp_path)
-
-
-def test_a_copy_does_not_share_the_inode(source: Path, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    link_or_copy(source, target, copy=True)
-    assert target.stat().st_ino != source.stat().st_ino
-    assert target.read_bytes() == OLD
-
-
-def test_of_a_symbolic_link_the_file_behind_it_is_linked(source: Path, tmp_path: Path) -> None:
-    """As in the hub's cache, where snapshots are links to blobs."""
-    snapshot = tmp_path / "snapshots" / "model.safetensors"
-    snapshot.parent.mkdir()
-    snapshot.symlink_to(Path("..") / source.name)
-    target = tmp_path / "target"
-    link_or_copy(snapshot, target, copy=False)
-    assert not target.is_symlink()
-    assert target.stat().st_ino == source.stat().st_ino
-
-
-def test_where_blocks_can_be_shared_the_bytes_are_the_same(tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(OLD)
-    link_or_copy(tmp_path / "source", tmp_path / "target", copy=False)
-    assert (tmp_path / "target").read_bytes() == OLD
-
-
-def test_a_file_of_another_disk_is_copied(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def other_disk(*arguments: object) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", other_disk)
-    target = tmp_path / "target"
-    link_or_copy(source, target, copy=False)
-    assert target.stat().st_ino != source.stat().st_ino
-    assert target.read_bytes() == OLD
-
-
-def test_a_copy_to_a_full_disk_is_a_capacity_error(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(CapacityError) as caught:
-        link_or_copy(source, tmp_path / "target", copy=True)
-    assert str(caught.value) == f"the disk is full: {tmp_path / 'target'} could not be copied"

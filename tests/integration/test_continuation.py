@@ -1,10 +1,9 @@
-"""An export that goes on after a killed one, and sources and disks that fail under an export.
+"""An export that goes on after a killed one.
 
 A copy of the bundle's directory, made while an export works in it, is what a kill at that moment
 would have left.
 """
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,14 +13,11 @@ from typing import Any
 
 import pytest
 
-from export import identity, linking, pipeline
-from export.journal import Journal
-from export.pipeline import export
-from export.sources import open_source
-from lowmem.artifact.manifest import Bundle
+from export import pipeline
 from lowmem.artifact.variants import recipe_for
-from lowmem.errors import BundleError, CapacityError, InputError
+from lowmem.errors import CapacityError, InputError
 from lowmem.progress import Progress
+from tests.bundles import tree, write_bundle
 from tests.models import CONTRACT, tiny_checkpoint
 
 GROUPS = 5  # embedding, three layers, final norm
@@ -41,12 +37,6 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy that may be changed."""
-    return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
-
-
 def write(
     checkpoint: Path, bundle: Path, variants: Sequence[str] = VARIANTS, **options: Any
 ) -> list[int]:
@@ -59,9 +49,7 @@ def write(
             written.append(done)
         tell(what, done, total)
 
-    contract = options.pop("contract", CONTRACT)
-    options = {"variants": variants, "onnx": False, "copy": True, "progress": progress} | options
-    export(open_source(checkpoint), bundle, contract, **options)
+    write_bundle(checkpoint, bundle, variants, **{"copy": True, "progress": progress} | options)
     return written
 
 
@@ -76,14 +64,6 @@ def leave(checkpoint: Path, bundle: Path, group: int, **options: Any) -> Path:
     write(checkpoint, into, progress=copy, **options)
     shutil.rmtree(into)
     return bundle / ".partial"
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {
-        file.relative_to(path).as_posix(): file.read_bytes()
-        for file in path.rglob("*")
-        if file.is_file()
-    }
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
@@ -302,181 +282,3 @@ def test_a_second_export_during_a_continued_one_is_refused_and_does_no_harm(
     assert write(checkpoint, bundle, progress=at_once) == [2, 3, 4]
     assert set(refused) == {f"another export is writing to {bundle}: let it finish"}
     assert tree(bundle) == tree(whole)
-
-
-# Sources that change.
-
-
-def _touch(shard: Path) -> None:
-    os.utime(shard, ns=(0, 12345))
-
-
-def _truncate(shard: Path) -> None:
-    os.truncate(shard, 5000)
-
-
-def _replace(shard: Path) -> None:
-    shutil.copy2(shard, shard.with_suffix(".new"))
-    shard.with_suffix(".new").replace(shard)
-
-
-def _remove(shard: Path) -> None:
-    shard.unlink()
-
-
-@pytest.mark.parametrize("change", [_touch, _truncate, _replace, _remove])
-@pytest.mark.parametrize(
-    "moment", [("quantizing", 1), ("quantizing", 3), ("graphs, checks and hashes", 1)]
-)
-def test_a_source_that_changes_during_the_export_is_one_error_and_no_bundle(
-    change: Callable[[Path], None], moment: tuple[str, int], own_checkpoint: Path, tmp_path: Path
-) -> None:
-    shard = sorted(own_checkpoint.glob("*.safetensors"))[1]
-    (tmp_path / "neighbour").write_text("not ours")
-    last = None
-
-    def progress(what: str, done: int, total: int) -> None:
-        nonlocal last
-        last = (what, done)
-        if last == moment:
-            change(shard)
-
-    with pytest.raises(BundleError) as caught:
-        write(own_checkpoint, tmp_path / "bundle", progress=progress)
-    assert str(caught.value) == (
-        f"{shard} changed during the export: repeat it once the file stays as it is"
-    )
-    assert last == moment or moment[0] != "quantizing"  # known at the end of the group
-    assert list((tmp_path / "bundle").iterdir()) == []
-    assert (tmp_path / "neighbour").read_text() == "not ours"
-
-
-def test_a_linked_file_that_changes_behind_its_time_is_found_by_its_hash(
-    own_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linking, "_reflink", lambda source, target: False)
-    shard = sorted(own_checkpoint.glob("*.safetensors"))[0]
-    status = shard.stat()
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what == "graphs, checks and hashes":
-            with shard.open("r+b") as file:
-                file.seek(-2, os.SEEK_END)
-                file.write(b"\0\0")
-            os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-    with pytest.raises(BundleError) as caught:
-        write(own_checkpoint, tmp_path / "bundle", ["fp16"], copy=False, progress=progress)
-    assert str(caught.value).startswith(f"{shard} changed during the export: ")
-    assert list((tmp_path / "bundle").iterdir()) == []
-
-
-def test_a_source_is_hashed_once_as_long_as_it_stays_the_same(
-    own_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed = []
-    file_sha256 = identity.file_sha256
-    monkeypatch.setattr(
-        identity, "file_sha256", lambda path: hashed.append(path.name) or file_sha256(path)
-    )
-    for path in own_checkpoint.iterdir():
-        os.utime(path, (1000, 1000))
-    names = sorted(path.name for path in open_source(own_checkpoint).files())
-    write(own_checkpoint, tmp_path / "first", ["int8"])
-    assert sorted(hashed) == names
-    write(own_checkpoint, tmp_path / "second", ["int8"])
-    assert sorted(hashed) == names
-    assert tree(tmp_path / "first") == tree(tmp_path / "second")
-    os.utime(own_checkpoint / "config.json", (2000, 2000))
-    write(own_checkpoint, tmp_path / "third", ["int8"])
-    assert sorted(hashed) == sorted([*names, "config.json"])
-
-
-def test_the_hash_of_a_file_that_was_just_written_is_not_remembered(
-    own_checkpoint: Path, tmp_path: Path
-) -> None:
-    """A second write within the same tick of the disk's clock would not be seen."""
-    config = own_checkpoint / "config.json"
-    os.utime(config)
-    write(own_checkpoint, tmp_path / "first", ["int8"])
-    status = config.stat()
-    text = config.read_text()
-    config.write_text(text.replace("\n", " ", 1))
-    os.utime(config, ns=(status.st_atime_ns, status.st_mtime_ns))
-    write(own_checkpoint, tmp_path / "second", ["int8"])
-    first, second = (Bundle(tmp_path / name).manifest.source for name in ("first", "second"))
-    assert first["sha256"] != second["sha256"]
-
-
-def test_a_source_that_vanishes_before_it_is_hashed_is_an_error(
-    own_checkpoint: Path, tmp_path: Path
-) -> None:
-    source = open_source(own_checkpoint)
-    shard = sorted(own_checkpoint.glob("*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(BundleError) as caught:
-        export(source, tmp_path / "bundle", CONTRACT, variants=VARIANTS, onnx=False)
-    assert str(caught.value) == f"{shard} cannot be read: No such file or directory"
-    assert not (tmp_path / "bundle").exists()
-
-
-# Disks that fail: what was there stays, byte for byte.
-
-
-@pytest.mark.parametrize(
-    ("code", "error", "text"),
-    [
-        (errno.ENOSPC, CapacityError, "the disk is full: {}"),
-        (errno.EDQUOT, CapacityError, "the disk is full: {}"),
-        (errno.EROFS, InputError, "{} cannot be written: Read-only file system"),
-        (errno.EIO, InputError, "{} cannot be written: Input/output error"),
-    ],
-)
-@pytest.mark.parametrize(
-    ("place", "call"),
-    [
-        (os, "mkdir"),
-        (os, "fsync"),
-        (os, "rename"),
-        (Path, "write_bytes"),
-        (Journal, "append"),
-        (Journal, "create"),
-    ],
-)
-def test_a_disk_that_fails_at_any_call_leaves_the_bundle_and_its_neighbours_as_they_were(
-    code: int,
-    error: type[Exception],
-    text: str,
-    place: Any,
-    call: str,
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = tmp_path / "disk"
-    bundle = folder / "bundle"
-    write(checkpoint, bundle, ["int8"])
-    (folder / "neighbour").write_text("not ours")
-    (bundle / "reports").mkdir()
-    (bundle / "reports" / "mine.json").write_text("{}")
-    before = tree(folder)
-
-    def fail(*arguments: object, **options: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(place, call, fail)
-        with pytest.raises(error) as caught:
-            write(checkpoint, bundle, ["fp16", "int4"], copy=False)
-    assert str(caught.value) in (
-        text.format(bundle),
-        # The copy that takes the place of a link knows which file it was.
-        f"the disk is full: {bundle}/.partial/fp16/{_first_shard(checkpoint)} could not be copied",
-    )
-    assert tree(folder) == before
-    write(checkpoint, bundle, ["fp16", "int4"])
-    assert Bundle(bundle).verify() == ([], [])
-
-
-def _first_shard(checkpoint: Path) -> str:
-    return sorted(checkpoint.glob("*.safetensors"))[0].name

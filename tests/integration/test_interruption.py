@@ -1,4 +1,4 @@
-"""Exports killed by SIGKILL at random moments, and what the next one makes of what they leave."""
+"""Exports that are interrupted, or killed by SIGKILL at random moments and then repeated."""
 
 import json
 import subprocess
@@ -12,6 +12,8 @@ import pytest
 from benchmarks.random_checkpoint import CONTRACT as RANDOM_CONTRACT
 from benchmarks.random_checkpoint import SHAPES, write_checkpoint
 from lowmem.artifact.contract import Contract
+from lowmem.artifact.variants import VARIANTS
+from tests.bundles import assert_nothing_in, write_bundle
 from tests.models import CONTRACT, tiny_checkpoint
 
 # A process that has imported everything and computed nothing forks for each export. Its parent's
@@ -155,6 +157,16 @@ def kill_at_random(
     )
     result = json.loads(shown.stdout)
     return result["groups"], [Run(**run) for run in result["runs"]]
+
+
+def test_an_interrupted_export_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "quantizing" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_bundle(checkpoint, tmp_path / "bundle", VARIANTS, progress=interrupt)
+    assert_nothing_in(tmp_path / "bundle")
 
 
 def test_fifty_exports_killed_at_random_moments_all_end_in_the_same_bundle(tmp_path: Path) -> None:

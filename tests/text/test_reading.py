@@ -1,29 +1,20 @@
-import contextlib
+"""Texts that come out of files, and rows that are refused."""
+
 import csv
 import errno
 import json
 import os
-import resource
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from lowmem.data import Row
-from lowmem.errors import BackendError, CapacityError, InputError
-from lowmem.text.files import InputRow, check_output, read_records, read_rows, write_vectors
-
-ROWS = [Row("a", "x"), Row('b"\u2028', "y"), Row("3", "z")]
-VECTORS = np.array([[0.1, -1e-8], [1.0, 3.4e38], [1 / 3, 0.0]], np.float32)
-OUTPUTS = ["out.npy", "out.jsonl", "out.parquet"]
+from lowmem.errors import BackendError, InputError
+from lowmem.text.reading import InputRow, read_records, read_rows
 
 
 @pytest.fixture
@@ -365,8 +356,6 @@ def test_without_pyarrow_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(BackendError, match=r"reading a \.parquet file .* 'lowmem\[files\]'"):
         read_rows(path)
-    with pytest.raises(BackendError, match=r"writing a \.parquet file .* 'lowmem\[files\]'"):
-        check_output(tmp_path / "out.parquet")
 
 
 def test_many_rows_take_memory_for_their_texts_only(written: Written) -> None:
@@ -386,185 +375,3 @@ def test_a_text_of_a_million_characters_is_read(written: Written, name: str) -> 
     text = "é" * 1_000_000
     lines = {"x.txt": text, "x.jsonl": json.dumps({"text": text}), "x.csv": f"text\n{text}"}
     assert texts(written(name, lines[name])) == [text]
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_that_can_be_written_passes(tmp_path: Path, name: str) -> None:
-    check_output(tmp_path / name, source=tmp_path / "none.txt")
-    (tmp_path / name).touch()
-    check_output(tmp_path / name, source=tmp_path / "none.txt")
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_an_output_in_the_working_directory_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    check_output(Path("out.npy"))
-
-
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "directory.npy").mkdir()
-    for name, message in {
-        "out.csv": r"must end in \.npy, \.parquet or \.jsonl",
-        "none/out.npy": "directory must exist",
-        "directory.npy": "must be a regular file",
-    }.items():
-        with pytest.raises(InputError, match=message):
-            check_output(tmp_path / name)
-
-
-def test_vectors_are_not_written_to_an_unknown_suffix(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"must end in \.npy, \.parquet or \.jsonl"):
-        write_vectors(tmp_path / "out.csv", ROWS, VECTORS)
-
-
-def test_an_output_in_a_directory_that_cannot_be_written_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(InputError, match="directory must be writable"):
-        check_output(tmp_path / "out.npy")
-
-
-def test_an_output_that_is_the_input_is_refused(written: Written) -> None:
-    source = written("x.jsonl", "{}")
-    link = source.with_name("link.jsonl")
-    link.symlink_to(source)
-    for output in (source, link):
-        with pytest.raises(InputError, match="must be another file than the input"):
-            check_output(output, source=source)
-
-
-def read_vectors(path: Path) -> tuple[list[str] | None, NDArray[np.float32]]:
-    """Returns the ids, where the file has them, and the vectors."""
-    if path.suffix == ".npy":
-        return None, np.load(path)
-    if path.suffix == ".jsonl":
-        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-        vectors = np.array([line["embedding"] for line in lines], np.float32)
-        return [line["id"] for line in lines], vectors
-    table = pyarrow.parquet.read_table(path)
-    assert table.schema.field("embedding").type == pyarrow.list_(pyarrow.float32(), 2)
-    flat = table["embedding"].combine_chunks().flatten().to_numpy()
-    return table["id"].to_pylist(), flat.reshape(-1, 2)
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-@pytest.mark.parametrize("vectors", [VECTORS, np.asfortranarray(VECTORS), VECTORS[::-1]])
-def test_vectors_are_read_as_they_were_written(
-    tmp_path: Path, name: str, vectors: NDArray[np.float32]
-) -> None:
-    path = tmp_path / name
-    path.write_text("what was there before")
-    write_vectors(path, ROWS, vectors)
-    ids, found = read_vectors(path)
-    assert ids in (None, [row.id for row in ROWS])
-    assert found.dtype == np.float32
-    assert np.array_equal(found, vectors)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_no_rows_give_a_file_without_rows(tmp_path: Path, name: str) -> None:
-    write_vectors(tmp_path / name, [], np.zeros((0, 2), np.float32))
-    assert len(read_vectors(tmp_path / name)[1]) == 0
-
-
-def test_numbers_in_jsonl_are_the_shortest(tmp_path: Path) -> None:
-    write_vectors(tmp_path / "out.jsonl", ROWS[:1], np.array([[0.1, 1e-8]], np.float32))
-    assert (tmp_path / "out.jsonl").read_text() == '{"id": "a", "embedding": [0.1, 1e-08]}\n'
-
-
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
-def test_every_float32_survives_jsonl(
-    tmp_path_factory: pytest.TempPathFactory, numbers: list[float]
-) -> None:
-    path = tmp_path_factory.mktemp("floats") / "out.jsonl"
-    vectors = np.array([numbers], np.float32)
-    write_vectors(path, ROWS[:1], vectors)
-    found = np.array([json.loads(path.read_text())["embedding"]], np.float32)
-    assert found.tobytes() == vectors.tobytes()
-
-
-def test_the_permissions_of_an_output_follow_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write_vectors(tmp_path / "out.npy", ROWS, VECTORS)
-    finally:
-        os.umask(before)
-    assert (tmp_path / "out.npy").stat().st_mode & 0o777 == 0o640
-
-
-def test_an_output_behind_a_link_is_written_where_it_points(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    link = tmp_path / "out.npy"
-    link.symlink_to(tmp_path / "elsewhere" / "real.npy")
-    write_vectors(link, ROWS, VECTORS)
-    assert link.is_symlink()
-    assert np.array_equal(np.load(tmp_path / "elsewhere" / "real.npy"), VECTORS)
-
-
-@pytest.mark.parametrize(
-    "vectors",
-    [
-        VECTORS.astype(np.float64),
-        VECTORS[:2],
-        VECTORS[0],
-        np.array([[np.nan], [1], [1]], np.float32),
-        np.array([[np.inf], [1], [1]], np.float32),
-    ],
-)
-def test_vectors_that_do_not_fit_are_refused(tmp_path: Path, vectors: NDArray[np.float32]) -> None:
-    with pytest.raises(InputError, match=r"vectors must be finite float32 \[3, dim\], got float"):
-        write_vectors(tmp_path / "out.npy", ROWS, vectors)
-    assert list(tmp_path.iterdir()) == []
-
-
-@contextlib.contextmanager
-def small_files() -> Iterator[None]:
-    """Lets this process write files of at most a thousand bytes, pytest's own output included."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_without_room_the_old_file_stays_and_nothing_else(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("old")
-    vectors = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32)
-    refused = pytest.raises(CapacityError, match=rf"{name} cannot be written: File too large")
-    with refused, small_files():
-        write_vectors(tmp_path / name, ROWS, vectors)
-    assert (tmp_path / name).read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"), [(errno.ENOSPC, CapacityError), (errno.EIO, InputError)]
-)
-def test_a_failing_disk_is_one_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
-) -> None:
-    def fail(descriptor: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(kind, match=f"cannot be written: {os.strerror(number)}"):
-        write_vectors(tmp_path / "out.npy", ROWS, VECTORS)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupt_leaves_no_temporary_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_vectors(tmp_path / "out.npy", ROWS, VECTORS)
-    assert list(tmp_path.iterdir()) == []

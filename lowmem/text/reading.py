@@ -1,4 +1,4 @@
-"""Texts out of files and vectors into files.
+"""Texts out of files.
 
 A row is read as it stands or refused with its line number: an empty text, a broken character or a
 misspelt ``input_type`` would otherwise become a vector that looks like any other.
@@ -10,27 +10,20 @@ import contextlib
 import csv
 import itertools
 import json
-import os
 import sys
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from lowmem.artifact import strict_json
-from lowmem.cache import replacing
 from lowmem.data import Row
-from lowmem.errors import CapacityError, InputError, missing_extra
-from lowmem.scratch import NO_ROOM
+from lowmem.errors import InputError, reason_of
+from lowmem.text.suffixes import known_suffix, load_pyarrow
 
 _INPUT_TYPES = ("query", "document")
 _OWN_KEYS = ("id", "input_type", "task", "lang")
 _MOST_LISTED = 10
-_PART_ROWS = 4096
 _EMPTY = "is empty: every row needs a text"
 
 
@@ -66,7 +59,7 @@ def read_rows(
     """
     if problem := _instruction_problem(input_type, task):
         raise InputError(problem)
-    read = _READERS[_suffix(path, "an input file", _READERS)]
+    read = _READERS[known_suffix(path, "an input file", _READERS)]
     rows = []
     problems = _Problems(path)
     try:
@@ -76,7 +69,7 @@ def read_rows(
             except ValueError as error:
                 problems.add(line, str(error))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{path} cannot be read: {reason_of(error)}") from error
     if problems.count:
         raise problems.error()
     if task is not None and rows and all(row.input_type == "document" for row in rows):
@@ -98,75 +91,15 @@ def read_records(path: Path, column: str) -> list[tuple[int, Mapping[str, Any]]]
         InputError: The file cannot be read, ends in neither suffix, or a line is damaged.
     """
     readers = {suffix: _READERS[suffix] for suffix in (".jsonl", ".csv")}
-    read = readers[_suffix(path, "a file of records", readers)]
+    read = readers[known_suffix(path, "a file of records", readers)]
     problems = _Problems(path)
     try:
         records = list(read(path, column, problems))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+        raise InputError(f"{path} cannot be read: {reason_of(error)}") from error
     if problems.count:
         raise problems.error()
     return records
-
-
-def check_output(path: Path, *, source: Path | None = None) -> None:
-    """Refuses an output that could not be written, before anything is computed for it.
-
-    Args:
-        path: Where the vectors shall go; a file that is there will be replaced.
-        source: The input, which the output must not replace.
-
-    Raises:
-        InputError: The suffix is none of .npy, .jsonl and .parquet, the directory is missing or
-            cannot be written to, or ``path`` is ``source`` or no regular file.
-        BackendError: pyarrow is needed and not installed.
-    """
-    if _suffix(path, "an output file", _WRITERS) == ".parquet":
-        _pyarrow("writing")
-    target = os.path.realpath(path)
-    parent = os.path.dirname(target)
-    if not os.path.isdir(parent):
-        raise InputError(f"the output's directory must exist, got {path}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"the output's directory must be writable, got {path}")
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise InputError(f"the output must be a regular file, got {path}")
-    if source is not None and os.path.exists(source) and os.path.exists(target):
-        if os.path.samefile(source, target):
-            raise InputError(f"the output must be another file than the input, got {path} for both")
-
-
-def write_vectors(path: Path, rows: Sequence[Row], vectors: NDArray[np.float32]) -> None:
-    """Writes vectors under a temporary name and renames it: the whole file appears, or none.
-
-    ``.npy`` holds the array; ``.jsonl`` an object a row with ``id`` and ``embedding``, each number
-    in the fewest digits that give the same float32; ``.parquet`` the columns ``id`` (string) and
-    ``embedding`` (fixed-size list of float32).
-
-    Args:
-        path: As :func:`check_output` takes it.
-        rows: Whose vectors these are.
-        vectors: float32 [rows, dim], finite.
-
-    Raises:
-        InputError: The vectors are of another shape or type, the suffix is unknown, or the file
-            cannot be written.
-        CapacityError: The disk is full, or a quota or size limit is reached.
-        BackendError: pyarrow is needed and not installed.
-    """
-    is_fit = vectors.ndim == 2 and len(vectors) == len(rows) and vectors.dtype == np.float32
-    if not is_fit or not all(np.isfinite(vectors[part]).all() for part in _parts(vectors)):
-        raise InputError(
-            f"vectors must be finite float32 [{len(rows)}, dim], "
-            f"got {vectors.dtype} {list(vectors.shape)} for {path}"
-        )
-    write = _WRITERS[_suffix(path, "an output file", _WRITERS)]
-    try:
-        with replacing(Path(os.path.realpath(path))) as file:
-            write(file, rows, vectors)
-    except OSError as error:
-        kind = CapacityError if error.errno in NO_ROOM else InputError
-        raise kind(f"{path} cannot be written: {_reason(error)}") from error
 
 
 class _Problems:
@@ -317,7 +250,7 @@ def _any_field_size() -> Iterator[None]:
 
 
 def _read_parquet(path: Path, column: str, problems: _Problems) -> _Fields:
-    pyarrow = _pyarrow("reading")
+    pyarrow = load_pyarrow("reading")
     try:
         with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
@@ -326,48 +259,7 @@ def _read_parquet(path: Path, column: str, problems: _Problems) -> _Fields:
             batches = (batch.to_pylist() for batch in table.iter_batches(columns=wanted))
             yield from enumerate(itertools.chain.from_iterable(batches), 1)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as Parquet: {_reason(error)}") from error
-
-
-def _write_npy(file: BinaryIO, rows: Sequence[Row], vectors: NDArray[np.float32]) -> None:
-    # Into a real file numpy writes with array.tofile, whose error on a full disk has no errno.
-    np.save(types.SimpleNamespace(write=file.write), np.ascontiguousarray(vectors))
-
-
-def _write_jsonl(file: BinaryIO, rows: Sequence[Row], vectors: NDArray[np.float32]) -> None:
-    for row, vector in zip(rows, vectors, strict=True):
-        numbers = ", ".join(map(str, vector))
-        row_id = json.dumps(row.id, ensure_ascii=False)
-        file.write(f'{{"id": {row_id}, "embedding": [{numbers}]}}\n'.encode())
-
-
-def _write_parquet(file: BinaryIO, rows: Sequence[Row], vectors: NDArray[np.float32]) -> None:
-    pyarrow = _pyarrow("writing")
-    vector = pyarrow.list_(pyarrow.float32(), vectors.shape[1])
-    schema = pyarrow.schema([("id", pyarrow.string()), ("embedding", vector)])
-    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
-        for part in _parts(vectors):
-            flat = pyarrow.array(np.ascontiguousarray(vectors[part]).reshape(-1))
-            columns = [
-                pyarrow.array([row.id for row in rows[part]], pyarrow.string()),
-                pyarrow.FixedSizeListArray.from_arrays(flat, type=vector),
-            ]
-            writer.write_batch(pyarrow.record_batch(columns, schema=schema))
-
-
-def _parts(vectors: NDArray[np.float32]) -> Iterator[slice]:
-    """Rows that are looked at together, of vectors that may lie on the disk."""
-    for begin in range(0, len(vectors), _PART_ROWS):
-        yield slice(begin, begin + _PART_ROWS)
-
-
-def _pyarrow(doing: str) -> Any:
-    """Returns pyarrow with its parquet module, imported at first use only."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise missing_extra("pyarrow", "files", f"{doing} a .parquet file") from error
-    return pyarrow
+        raise InputError(f"{path} cannot be read as Parquet: {reason_of(error)}") from error
 
 
 def _check_columns(path: Path, names: Sequence[str], column: str) -> None:
@@ -383,21 +275,8 @@ def _no_column(column: str, names: Iterable[str]) -> str:
     return f"must have {column!r}, got {', '.join(found[:_MOST_LISTED] + more) or 'nothing'}"
 
 
-def _suffix(path: Path, role: str, known: Mapping[str, object]) -> str:
-    suffix = path.suffix.lower()
-    if suffix not in known:
-        *most, last = known
-        raise InputError(f"{role} must end in {', '.join(most)} or {last}, got {path}")
-    return suffix
-
-
 def _short(value: object) -> str:
     return f"{value!r:.60}"
-
-
-def _reason(error: Exception) -> str:
-    said = getattr(error, "strerror", None) or str(error)
-    return " ".join(said.split())
 
 
 _READERS: dict[str, Callable[[Path, str, _Problems], _Fields]] = {
@@ -405,9 +284,4 @@ _READERS: dict[str, Callable[[Path, str, _Problems], _Fields]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
-}
-_WRITERS: dict[str, Callable[[BinaryIO, Sequence[Row], NDArray[np.float32]], None]] = {
-    ".npy": _write_npy,
-    ".parquet": _write_parquet,
-    ".jsonl": _write_jsonl,
 }

@@ -1,0 +1,32 @@
+"""Fixtures that several tests of exports share."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lowmem.artifact.variants import VARIANTS
+from tests.bundles import write_bundle
+from tests.models import tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers in two shards; not to be changed."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("source") / "tiny", shards=2, layers=2).path
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy that may be changed."""
+    return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All variants; not to be changed."""
+    path = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWMEM_CACHE", str(path / "cache"))
+        write_bundle(checkpoint, path / "bundle", VARIANTS)
+    return path / "bundle"
