@@ -192,7 +192,7 @@ class Site:
         )
         ceiling = STREAMED_BYTES if plan.schedule == "streamed" else RESIDENT_BYTES
         if plan.engine == "onnxruntime":
-            ceiling += memory.stored_bytes(subject.config, formats)
+            ceiling += memory.packed_bytes(plan, subject.config, formats)
         before = read_bytes_of_children()
         vectors = self.vectors(step)
         record = measure(self.bundle, plan, texts(), warm_up=False, vectors=vectors)

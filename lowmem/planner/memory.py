@@ -24,8 +24,10 @@ ONNX_BASE_BYTES = 60 * MIB
 CUDA_CONTEXT_BYTES = 600 * MIB
 CUDA_HOST_BYTES = 900 * MIB
 
-# glibc keeps freed blocks below 32 MiB in its heap, where they are too scattered to be given back:
-# measured as much as the activations again, and never more than so many bytes.
+# glibc keeps freed blocks below this size in its heap, where they are too scattered to be given
+# back.
+_LARGEST_HEAP_BLOCK_BYTES = 32 * MIB
+# On torch that is as much as the activations again, and never more than so many bytes: measured.
 _HEAP_SLACK_BYTES = 315 * MIB
 
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
@@ -88,6 +90,23 @@ def mapped_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format])
 def stored_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
     """What the linears take on disk."""
     return sum(_layer_bytes(config, formats))
+
+
+def packed_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
+    """ONNX Runtime's own copy of the linears."""
+    packed = 0
+    for module, (rows, columns) in module_shapes(config).items():
+        form = formats[module]
+        if isinstance(form, Plain):
+            packed += rows * columns * 2 if plan.device == "cuda" else 0
+        elif isinstance(form, IntGrouped | Int8Channel):
+            packed += linear_bytes(form, rows, columns)
+        if isinstance(form, IntGrouped):
+            # 16-bit scales are widened to float32 while the session opens; for 8-bit products they
+            # are packed once more, with a sum of each group's codes beside them.
+            bytes_per_group = 2 + (8 if plan.compute == "int8" else 0)
+            packed += bytes_per_group * rows * columns // form.group_size
+    return packed
 
 
 def largest_layer_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> int:
@@ -164,19 +183,16 @@ def _onnx(
     plan: Plan, config: ModelConfig, formats: Mapping[str, Format], has_vnni: bool
 ) -> tuple[int, int]:
     """ONNX Runtime packs codes into a copy of its own, and widens one 16-bit matrix at a time."""
-    packed = widened = unsigned = 0
+    packed, widened = packed_bytes(plan, config, formats), 0
+    unsigned = largest_unsigned = 0
     for module, (rows, columns) in module_shapes(config).items():
         form = formats[module]
         if isinstance(form, Plain):
             widened = max(widened, rows * columns * 4)
-            packed += rows * columns * 2 if plan.device == "cuda" else 0
-        elif isinstance(form, IntGrouped | Int8Channel):
-            packed += linear_bytes(form, rows, columns)
-            if isinstance(form, Int8Channel) and form.rounds_activations and not has_vnni:
+        elif isinstance(form, Int8Channel) and form.rounds_activations and not has_vnni:
+            if rows * columns < _LARGEST_HEAP_BLOCK_BYTES:
                 unsigned += rows * columns
-            if isinstance(form, IntGrouped) and plan.compute == "int8":
-                # Scales widened to float32, and a sum of each group's codes beside them.
-                packed += 8 * rows * columns // form.group_size
+            largest_unsigned = max(largest_unsigned, rows * columns)
     layer = 4 * config.hidden_size + 3 * config.intermediate_size
     folded, pooling = 0, 0
     if config.latent_attention is not None:
@@ -189,7 +205,9 @@ def _onnx(
     # Measured: a little more than the widest moment, for chunks of the arena that fit nothing.
     activations = int(1.1 * plan.batch_tokens * 4 * max(layer, pooling))
     if plan.device == "cpu":
-        # Unsigned codes are all there while the session opens, and gone when they are packed.
-        return ONNX_BASE_BYTES + packed + folded + widened + max(activations, unsigned), 0
+        # Unsigned codes are made while the session opens, one matrix at a time; of small ones the
+        # memory stays in the heap, and serves activations later.
+        opening = unsigned + largest_unsigned
+        return ONNX_BASE_BYTES + packed + folded + widened + max(activations, opening), 0
     host = ONNX_BASE_BYTES + CUDA_HOST_BYTES
     return host, CUDA_CONTEXT_BYTES + packed + folded + activations
