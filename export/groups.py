@@ -6,8 +6,9 @@ every variant is journaled, and an export that goes on after a killed one does n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 
 from export.calibration import Calibration, rounded_linears
 from export.identity import SourceIdentity
@@ -69,15 +70,22 @@ def write_groups(
                 path = workspace.partial / job.file
                 writer = TensorWriter(path, job.layout, kept.get(job.file, ()))
                 writers[job.file] = stack.enter_context(writer)
+        layers = range(1, len(groups) - 1)
+        alone = [
+            name
+            for done, group in enumerate(groups)
+            if group[0] not in finished and (calibration is None or done not in layers)
+            for name in group
+        ]
+        tensors = stack.enter_context(closing(_read_ahead(source, alone, dtype)))
         for done, group in enumerate(groups):
-            is_layer = 0 < done < len(groups) - 1
-            calibrated = calibration if is_layer else None
+            calibrated = calibration if done in layers else None
             if group[0] in finished and calibrated is None:
                 continue
             progress(_step(calibrated is not None, group[0] in finished), done, len(groups))
             if calibrated is None:
                 for name in group:
-                    raw = read_tensor(source, name, dtype)
+                    raw = next(tensors)
                     for job in jobs:
                         if job.file in writers:
                             _write_tensor(name, raw, job, writers[job.file])
@@ -152,6 +160,18 @@ def _write_tensor(name: str, raw: RawTensor, job: Job, writer: TensorWriter) -> 
         return
     for suffix, tensor in quantize(to_torch(raw, "cpu"), form, module).items():
         writer.write(f"{module}.{suffix}", tensor)
+
+
+def _read_ahead(
+    source: Source, names: Sequence[str], dtype: str
+) -> Generator[RawTensor, None, None]:
+    """The tensors of these names, each read while the one before it is worked on."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        reading = (reader.submit(read_tensor, source, name, dtype) for name in names)
+        coming = next(reading, None)
+        while coming is not None:
+            raw, coming = coming.result(), next(reading, None)
+            yield raw
 
 
 def read_layer(source: Source, index: int, dtype: str) -> LayerWeights:
