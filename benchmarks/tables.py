@@ -122,10 +122,9 @@ def seven_billion_table(record: dict[str, Any]) -> str:
         lines.append(
             f"| {title} | {one['seconds']:.0f} | {speed} | {peak} | {predicted} | {ceiling} |"
         )
-    texts = record["steps"]["reference"]
-    model = f"Random weights of the shape of Mistral 7B, {texts['texts']} texts"
-    about = f"{model}, {texts['tokens']} tokens,"
-    return "\n".join([*lines, "", _source(record | {"model": about})])
+    texts = f"{steps['reference']['texts']} texts, {steps['reference']['tokens']} tokens"
+    model = f"Random weights of the shape of Mistral 7B, {texts},"
+    return "\n".join([*lines, "", _source(record | {"model": model})])
 
 
 def _source(record: dict[str, Any]) -> str:
