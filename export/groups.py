@@ -7,13 +7,13 @@ every variant is journaled, and an export that goes on after a killed one does n
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 from export.calibration import Calibration, rounded_linears
 from export.identity import SourceIdentity
 from export.job import Job, by_file
-from export.journal import Finished
+from export.journal import Checksums, Finished
 from export.quantizers.data_free import is_finite, quantize
 from export.sources import Source
 from export.workspace import Workspace
@@ -63,6 +63,9 @@ def write_groups(
     """
     config = source.config
     kept, groups = by_file(finished), _groups(config)
+    calibrated = range(1, len(groups) - 1) if calibration is not None else range(0)
+    left = [i for i, group in enumerate(groups) if i in calibrated or group[0] not in finished]
+    alone = [name for i in left if i not in calibrated for name in groups[i]]
     with ExitStack() as stack:
         writers = {}
         for job in jobs:
@@ -70,36 +73,43 @@ def write_groups(
                 path = workspace.partial / job.file
                 writer = TensorWriter(path, job.layout, kept.get(job.file, ()))
                 writers[job.file] = stack.enter_context(writer)
-        layers = range(1, len(groups) - 1)
-        alone = [
-            name
-            for done, group in enumerate(groups)
-            if group[0] not in finished and (calibration is None or done not in layers)
-            for name in group
-        ]
         tensors = stack.enter_context(closing(_read_ahead(source, alone, dtype)))
-        for done, group in enumerate(groups):
-            calibrated = calibration if done in layers else None
-            if group[0] in finished and calibrated is None:
-                continue
-            progress(_step(calibrated is not None, group[0] in finished), done, len(groups))
-            if calibrated is None:
+        recorder = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+        recording: Future[None] | None = None
+        for i in left:
+            group, is_finished = groups[i], groups[i][0] in finished
+            progress(_step(i in calibrated, is_finished), i, len(groups))
+            if calibration is not None and i in calibrated:
+                layer = read_layer(source, i - 1, dtype)
+                _write_layer(layer, jobs, writers, calibration, config, is_finished=is_finished)
+            else:
                 for name in group:
                     raw = next(tensors)
                     for job in jobs:
                         if job.file in writers:
                             _write_tensor(name, raw, job, writers[job.file])
-            else:
-                layer = read_layer(source, done - 1, dtype)
-                _write_layer(
-                    layer, jobs, writers, calibrated, config, is_finished=group[0] in finished
-                )
             identity.check()
-            if group[0] not in finished:
-                synced = {file: writer.sync() for file, writer in writers.items()}
-                workspace.record(group[0], synced)
+            if not is_finished:
+                if recording is not None:
+                    recording.result()
+                written = {file: writer.written() for file, writer in writers.items()}
+                recording = recorder.submit(_record, group[0], written, writers, workspace)
+        if recording is not None:
+            recording.result()
         for writer in writers.values():
             writer.finish()
+
+
+def _record(
+    step: str,
+    written: Mapping[str, Checksums],
+    writers: Mapping[str, TensorWriter],
+    workspace: Workspace,
+) -> None:
+    """Brings a group to the disk and notes it, while the next one is worked on."""
+    for writer in writers.values():
+        writer.sync()
+    workspace.record(step, written)
 
 
 def _groups(config: ModelConfig) -> list[list[str]]:

@@ -39,7 +39,7 @@ class TensorWriter:
         self._path = path
         self._layout = layout
         self._missing = set(layout.specs) - set(kept)
-        self._unsynced: dict[str, int] = {}
+        self._checksums: dict[str, int] = {}
         self._file = path.open("r+b" if kept else "xb", buffering=0)
         if kept:
             return
@@ -69,7 +69,7 @@ class TensorWriter:
             self._put(data, self._layout.offsets[name])
         except OSError as error:
             self._raise(error)
-        self._unsynced[name] = zlib.crc32(data)
+        self._checksums[name] = zlib.crc32(data)
         self._missing.discard(name)
 
     def read(self, name: str) -> RawTensor:
@@ -82,11 +82,13 @@ class TensorWriter:
         stored = StoredTensor(spec.dtype, spec.shape, self._path, self._layout.offsets[name])
         return stored.read()
 
-    def sync(self) -> dict[str, int]:
-        """Brings what has been written to the disk.
+    def written(self) -> dict[str, int]:
+        """The CRC-32 of each tensor that was written since this was last asked."""
+        checksums, self._checksums = self._checksums, {}
+        return checksums
 
-        Returns:
-            The CRC-32 of each tensor that was written since the last time.
+    def sync(self) -> None:
+        """Brings what has been written to the disk; other tensors may be written meanwhile.
 
         Raises:
             CapacityError: The disk is full.
@@ -95,8 +97,6 @@ class TensorWriter:
             os.fdatasync(self._file.fileno())
         except OSError as error:
             self._raise(error)
-        synced, self._unsynced = self._unsynced, {}
-        return synced
 
     def finish(self) -> None:
         """Syncs the file to the disk; every tensor must have been written.

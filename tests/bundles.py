@@ -1,6 +1,7 @@
 """Bundles that tests export, and the files in them, compared byte by byte."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ def write_bundle(
     """Exports variants, without graphs unless these are asked for."""
     source = open_source(checkpoint)
     return export(source, bundle, contract, **{"variants": variants, "onnx": False} | options)
+
+
+def wait_until_recorded(bundle: Path, groups: int) -> None:
+    """Waits until a running export has recorded so many groups, which it does beside its work."""
+    partial = bundle / ".partial"
+    steps = len(list(partial.glob("fp16/*.safetensors"))) + groups
+    deadline = time.monotonic() + 60
+    while steps and (partial / "finished").read_bytes().count(b"\n") < steps:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def edit(bundle: Path, **changes: Any) -> None:

@@ -27,6 +27,7 @@ from lowmem.fidelity import metrics
 from lowmem.progress import Progress
 from lowmem.text.batching import pack
 from lowmem.text.tokenizer import Tokenizer
+from tests.bundles import wait_until_recorded
 from tests.models import CONTRACT, tiny_checkpoint
 from tests.tolerances import PARITY_COSINE
 
@@ -174,6 +175,7 @@ def test_an_export_that_is_killed_goes_on_at_its_layer(
 
     def stop(what: str, done: int, total: int) -> None:
         if (what, done) == ("calibrating", layer + 1):
+            wait_until_recorded(tmp_path / "never killed", layer + 1)
             shutil.copytree(tmp_path / "never killed", killed)
 
     def count(what: str, done: int, total: int) -> None:

@@ -147,26 +147,26 @@ def test_another_failure_of_the_disk_is_passed_on(
     assert caught.value.errno == errno.EIO
 
 
-def test_what_is_synced_is_told_with_its_checksums_once(path: Path, layout: Layout) -> None:
+def test_what_is_written_is_told_with_its_checksums_once(path: Path, layout: Layout) -> None:
     with TensorWriter(path, layout) as writer:
         writer.write("first", FIRST)
-        assert writer.sync() == {
+        assert writer.written() == {
             "first": zlib.crc32(FIRST.array.tobytes()),
             "third": zlib.crc32(CONSTANT.array.tobytes()),
         }
         writer.write("second", SECOND)
-        assert writer.sync() == {"second": zlib.crc32(b"\7")}
-        assert writer.sync() == {}
+        assert writer.written() == {"second": zlib.crc32(b"\7")}
+        assert writer.written() == {}
 
 
 def test_another_writer_adds_what_is_missing(path: Path, layout: Layout) -> None:
     with TensorWriter(path, layout) as writer:
         writer.write("first", FIRST)
-        kept = writer.sync()
+        kept = writer.written()
     assert holds(path, layout, kept)
     with TensorWriter(path, layout, kept) as writer:
         writer.write("second", SECOND)
-        assert writer.sync().keys() == {"second"}
+        assert writer.written().keys() == {"second"}
         writer.finish()
     check(path)
 
@@ -174,7 +174,7 @@ def test_another_writer_adds_what_is_missing(path: Path, layout: Layout) -> None
 def test_a_file_holds_what_was_written_until_a_byte_changes(path: Path, layout: Layout) -> None:
     with TensorWriter(path, layout) as writer:
         writer.write("first", FIRST)
-        kept = writer.sync()
+        kept = writer.written()
     whole = path.read_bytes()
     unwritten = layout.offsets["second"]
     for at in range(layout.size):

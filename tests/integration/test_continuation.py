@@ -17,7 +17,7 @@ from export import pipeline
 from lowmem.artifact.variants import recipe_for
 from lowmem.errors import CapacityError, InputError
 from lowmem.progress import Progress
-from tests.bundles import tree, write_bundle
+from tests.bundles import tree, wait_until_recorded, write_bundle
 from tests.models import CONTRACT, tiny_checkpoint
 
 GROUPS = 5  # embedding, three layers, final norm
@@ -59,6 +59,7 @@ def leave(checkpoint: Path, bundle: Path, group: int, **options: Any) -> Path:
 
     def copy(what: str, done: int, total: int) -> None:
         if (what, done) == ("quantizing", group):
+            wait_until_recorded(into, group)
             shutil.copytree(into, bundle)
 
     write(checkpoint, into, progress=copy, **options)
@@ -96,6 +97,7 @@ def test_an_export_that_was_killed_twice_is_continued_twice(
 
     def copy(what: str, done: int, total: int) -> None:
         if (what, done) == ("quantizing", 3):
+            wait_until_recorded(into, 3)
             shutil.copytree(into, tmp_path / "second")
 
     assert write(checkpoint, into, progress=copy) == [1, 2, 3, 4]

@@ -16,8 +16,8 @@ from lowmem.artifact.variants import VARIANTS
 from tests.bundles import assert_nothing_in, write_bundle
 from tests.models import CONTRACT, tiny_checkpoint
 
-# A process that has imported everything and computed nothing forks for each export. Its parent's
-# clock decides when it dies, and each fork says what it was at when it ended.
+# A process that has imported everything and computed nothing forks for each export. Each fork says
+# which step it begins, and is killed at a random moment in or behind one of them.
 _KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
@@ -32,6 +32,7 @@ checkpoint, into, variants = Path(job["checkpoint"]), Path(job["into"]), job["va
 contract = parse_contract(job["contract"], "contract")
 
 def start(bundle, seen):
+    seen.unlink(missing_ok=True)
     pid = os.fork()
     if pid:
         return pid
@@ -46,6 +47,14 @@ def start(bundle, seen):
 
 def end(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def kill(pid, after, delay):
+    ended = None
+    while ended is None and len(steps(seen)) < after:
+        time.sleep(0.001)
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)
 
 def digests(bundle):
     return {
@@ -80,14 +89,16 @@ for _ in range(job["rehearsals"]):
     began = time.monotonic()
     assert end(start(whole, seen)) == 0
     durations.append(time.monotonic() - began)
-expected, groups = digests(whole), quantized(seen)
+expected, groups, all_steps = digests(whole), quantized(seen), len(steps(seen))
 
 runs = []
 for number in range(job["kills"]):
     bundle = into / f"killed-{number}"
     pid = start(bundle, seen)
-    time.sleep(moments.uniform(*job["window"]) * min(durations))
-    os.kill(pid, signal.SIGKILL)
+    first, last = job["window"]
+    part = (number + moments.random()) / job["kills"]
+    after = int((first + part * (last - first)) * (all_steps + 2))
+    kill(pid, after, moments.random() * min(durations) / all_steps)
     status = end(pid)
     last = steps(seen)[-1][0] if steps(seen) else "starting"
     state = check(bundle)
@@ -129,7 +140,7 @@ def kill_at_random(
     threads: int = 1,
     seconds: float = 300,
 ) -> tuple[int, list[Run]]:
-    """Kills exports at moments of a window, in lengths of a whole one, and repeats each.
+    """Kills exports at random moments, spread over a part of their steps, and repeats each.
 
     Returns:
         How many groups an export has, and the runs; every repeated bundle was the same as one that
@@ -178,7 +189,7 @@ def test_fifty_exports_killed_at_random_moments_all_end_in_the_same_bundle(tmp_p
         tmp_path / "runs",
         variants=("fp16", "int8", "int4"),
         kills=50,
-        window=(0.0, 1.1),
+        window=(0.0, 1.0),
     )
     assert groups == 6
     killed = [run for run in runs if run.was_killed]

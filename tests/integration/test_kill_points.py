@@ -36,7 +36,7 @@ def run(bundle, last):
     def counted(call):
         def wrapper(*arguments, **options):
             nonlocal made
-            if made == last:
+            if 0 <= last <= made:  # a second thread counts too
                 os._exit(9)
             made += 1
             return call(*arguments, **options)
