@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 HAS_CUDA := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 EXTRA := $(if $(HAS_CUDA),cuda,cpu)
 READY := $(VENV)/ready
+# A process a core, a file of tests at a time; threads that wait leave the cores to the others.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder
 
 .PHONY: demo bench bench-7b test test-all check format clean
 
@@ -22,10 +25,11 @@ bench-7b: $(READY)
 	$(BIN)/python benchmarks/seven_billion.py
 
 test: check
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-test-all: check
-	$(BIN)/python -m pytest -m "not weights"
+# What is slow measures time and memory, so it runs alone.
+test-all: test
+	$(BIN)/python -m pytest -m "(slow or gpu) and not weights"
 
 check: $(READY)
 	$(BIN)/ruff format --check .
