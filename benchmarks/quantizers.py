@@ -75,7 +75,7 @@ class Step:
 
 def without_least_squares() -> None:
     """Weights stay where they are before they are rounded."""
-    gptq.least_squares = lambda weight, moments, inverse: weight
+    gptq.least_squares = lambda weight, missing, inverse: weight
 
 
 def with_absolute_errors() -> None:

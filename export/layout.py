@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from export.quantizers.grids import check_groups
 from lowmem.artifact.config import NORMS, ModelConfig
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, IntGrouped
 from lowmem.artifact.tensors import DTYPES, RawTensor, TensorSpec, header_bytes
@@ -43,6 +44,9 @@ def lay_out(config: ModelConfig, dtype: str, formats: Mapping[str, Format]) -> L
         config: The model's shape.
         dtype: F16 or BF16: dtype of everything but the linears.
         formats: Module to format, for every linear.
+
+    Raises:
+        BundleError: The groups of a format do not fill the rows of a linear.
     """
     hidden = TensorSpec(dtype, (config.hidden_size,))
     specs = {EMBEDDING: TensorSpec(dtype, (config.vocab_size, config.hidden_size))}
@@ -55,6 +59,7 @@ def lay_out(config: ModelConfig, dtype: str, formats: Mapping[str, Format]) -> L
         for linear in config.linears():
             module = f"layers.{index}.{linear}"
             form = formats[module]
+            check_groups(form, shapes[module][1], module)
             for suffix, spec in form.specs(*shapes[module]).items():
                 if isinstance(form, IntGrouped | BnbInt8 | BnbNf4) and suffix in form.constants:
                     constants[f"{module}.{suffix}"] = form.constant(suffix, *shapes[module])

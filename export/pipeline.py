@@ -16,23 +16,25 @@ from typing import Any
 from export import licences
 from export.allocation import Effects, allocate, pooled_effects, some_texts
 from export.calibration import Calibration
+from export.graph import graphs_of
 from export.groups import read_tensor, write_groups
 from export.identity import SourceIdentity
 from export.job import Job, kept_files, work_digest
 from export.layout import lay_out
 from export.linking import links
+from export.memory import check_memory
 from export.sources import Source
-from export.special_tokens import disagreement
+from export.special_tokens import disagreement, pooling_disagreement
 from export.variant_files import check_linked, finish, link_shards, write_small_files
 from export.workspace import Workspace
 from lowmem import data
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle, Manifest
-from lowmem.artifact.stock_files import TOKENIZER
+from lowmem.artifact.stock_files import TOKENIZER, lacks_query_prompt
 from lowmem.artifact.stock_files import render as render_stock_files
 from lowmem.artifact.variants import budget_of, check_variants, formats_for, recipe_for
-from lowmem.artifact.weights import EMBEDDING
+from lowmem.artifact.weights import EMBEDDING, Checkpoint
 from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
 from lowmem.progress import Progress
@@ -57,6 +59,7 @@ def export(
     onnx: bool = True,
     copy: bool = False,
     force: bool = False,
+    max_memory: int | None = None,
     accepts_licence: licences.Accepts = licences.accepts_none,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
@@ -72,6 +75,7 @@ def export(
         onnx: Whether to write ONNX graphs.
         copy: Whether to write the bytes of ``fp16`` again instead of linking the source's files.
         force: Whether to replace variants that were made otherwise.
+        max_memory: Bytes that the process may hold at most, or None.
         accepts_licence: Asked about each licence that may not permit every use.
         progress: Told what has been done.
 
@@ -81,11 +85,13 @@ def export(
     Raises:
         BundleError: The source is damaged or changes meanwhile, or the bundle was made from
             another one.
-        CapacityError: The disk has not enough room.
+        CapacityError: The disk has not enough room, or more than ``max_memory`` may be needed.
         InputError: The licence is not accepted, a variant is unknown or is there from another
             recipe, or BUNDLE is no bundle or cannot be written.
     """
     check_variants(variants)
+    if max_memory is not None:
+        check_memory(source, max_memory, is_calibrated=bool(calibration))
     licences.check(source.licence, accepts_licence, source.name)
     config = replace(source.config, is_stock=contract.is_causal)
     contract = contract.bounded(config.longest_sequence)
@@ -148,6 +154,15 @@ def export(
                 source.name,
                 problem,
             )
+        if problem := pooling_disagreement(source, contract):
+            logger.warning("%s: %s; the bundle follows its contract", source.name, problem)
+        if lacks_query_prompt(stock):
+            logger.warning(
+                "%s: a query needs a task, and the contract has no default: stock "
+                "sentence-transformers' encode_query has no instruction to use, and embeds a query "
+                "as a document unless it is given the prompt_name of a task, or a prompt",
+                source.name,
+            )
         try:
             work = work_digest(identity, contract, jobs, copy=copy)
             finished = workspace.finished(work)
@@ -201,8 +216,9 @@ def _check_existing(
     bundle: Path, old: Manifest, name: str, recipe: Mapping[str, Any], onnx: bool
 ) -> None:
     there = old.variants[name]
-    made_alike = there.recipe == recipe
-    if not made_alike or (onnx and not there.graphs and not name.startswith("bnb-")):
+    directory = Bundle(bundle).directory(name)
+    lacks_graphs = onnx and not there.graphs and graphs_of(Checkpoint(directory), old.contract)
+    if there.recipe != recipe or lacks_graphs:
         raise InputError(
             f"{bundle} already has a variant {name} that was made otherwise: --force replaces it"
         )

@@ -1,4 +1,4 @@
-"""What a source's own tokenizer does with BOS and EOS, beside what the contract says.
+"""What a source's own files do with BOS, EOS and pooling, beside what the contract says.
 
 Nothing follows it: ids come from the contract, and the variants' tokenizers are rendered from the
 contract. But whoever runs the source elsewhere gets other vectors than ours, without an error.
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from tokenizers import Tokenizer
 
+from export.sources import HuggingFaceDirectory, Source
+from export.sources.huggingface import POOLING
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.stock_files import TOKENIZER
 
@@ -36,3 +38,17 @@ def disagreement(tokenizer_files: Mapping[str, bytes], contract: Contract) -> st
     if behind and whole[-1:] != behind:
         problems.append(f"loses EOS ({contract.eos_token_id})")
     return f"{TOKENIZER} " + (" and ".join(problems) or "adds tokens that the contract has not")
+
+
+def pooling_disagreement(source: Source, contract: Contract) -> str | None:
+    """What a source's ``1_Pooling/config.json`` pools by, or None where it agrees or is not there.
+
+    Args:
+        source: The checkpoint.
+        contract: What it ought to pool by; the mean behind latent attention is one.
+    """
+    modes = source.pooling_modes if isinstance(source, HuggingFaceDirectory) else ()
+    pooling = "mean" if contract.pooling == "latent_attention" else contract.pooling
+    if modes in ((), (pooling,)):
+        return None
+    return f"{POOLING} pools by {', '.join(modes)}, and the contract by {contract.pooling}"

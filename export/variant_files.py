@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from export.graph import write_graphs
+from export.graph.latent_attention import FOLDED
 from export.identity import SourceIdentity, changed
 from export.job import Job
 from export.journal import Finished
@@ -56,9 +57,16 @@ def write_small_files(
 def link_shards(
     source: Source, job: Job, workspace: Workspace, finished: Finished, copy: bool
 ) -> None:
-    """Links the source's own files, or copies them, unless a killed export has done so."""
+    """Links the source's own files, or copies them, unless a killed export has done so.
+
+    Raises:
+        BundleError: One has the name of a file that export writes itself.
+        CapacityError: The disk is full.
+    """
     assert source.shards is not None
     for shard in source.shards:
+        if shard.name == FOLDED:
+            raise BundleError(f"a shard may not be called {FOLDED}, which is export's own: {shard}")
         file = f"{job.name}/{shard.name}"
         if file not in finished:
             link_or_copy(shard, workspace.partial / file, copy=copy)

@@ -6,6 +6,7 @@ turns a crash or a kill by the system into a reason instead of the end of the ca
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -30,10 +31,14 @@ from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import BackendError, LowmemError
 
-PACKAGES = ("lowmem", "numpy", "torch", "onnxruntime", "tokenizers")
+PACKAGES = (
+    *("lowmem", "numpy", "tokenizers", "torch", "triton"),
+    *("onnxruntime", "onnxruntime-gpu"),
+)
 _ROW_KEYS = tuple(one.name for one in fields(Row))  # a row of a file knows its line besides
 _SAMPLE_SECONDS = 0.005
 _CHILD = "from lowmem.measure import run_child; run_child()"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def measure(
         rows: The texts; those over the contract's limit are cut, EOS kept.
         repeats: Timed passes over all texts.
         passes: What to run in place of them, one after another.
-        warm_up: Whether to run the shortest text first, which is not timed.
+        warm_up: Whether to run the shortest text first, on a card all of them, untimed.
         vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``; of
             several ``passes`` those of each behind those of the one before.
         timeout_seconds: When to give up.
@@ -156,7 +161,7 @@ def _in_child(
     """What a job gives, and the peak of its process's memory in bytes."""
     with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
         job_file = Path(folder) / "job.json"
-        job_file.write_text(json.dumps(job))
+        job_file.write_text(json.dumps(job | {"parent": os.getpid()}))
         child = subprocess.Popen(
             [sys.executable, "-c", _CHILD, str(job_file)],
             stdin=subprocess.DEVNULL,
@@ -236,8 +241,10 @@ def _run_job(job: dict[str, Any]) -> Record:
     texts = runner.tokenizer.encode_rows(rows)
     normalize = runner.contract.normalize_embeddings
     if job["warm_up"] and texts:
+        # On a card the kernels are tuned for the shapes that they first meet.
         shortest = min(texts, key=lambda text: len(text.input_ids))
-        runner.embed([shortest], normalize=normalize, must_be_finite=False)
+        first = texts if plan.device == "cuda" else [shortest]
+        runner.embed(first, normalize=normalize, must_be_finite=False)
     waited_before = runner.waited_seconds
     seconds = []
     embedded: list[NDArray[np.float32]] = []
@@ -305,9 +312,17 @@ def _failure(name: str, status: int, problems: str) -> LowmemError:
     return BackendError(f"{name} failed: {last}")
 
 
+def _end_with(parent: int) -> None:
+    """Has the system end this process with its parent: an orphan would keep a model's memory."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit("the process that wanted this measurement is gone")
+
+
 def run_child() -> None:
     """Runs the job whose file is the process's first argument; its result goes to stdout."""
     job = json.loads(Path(sys.argv[1]).read_text())
+    _end_with(job["parent"])
     result: dict[str, Any]
     try:
         result = _measure_product(job) if "ceiling" in job else asdict(_run_job(job))

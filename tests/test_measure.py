@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,3 +100,33 @@ def _replace_child(monkeypatch, code):
         return real([sys.executable, "-c", code], **{**options, "env": dict(os.environ)})
 
     monkeypatch.setattr(measure_module.subprocess, "Popen", start)
+
+
+def test_a_child_ends_with_its_parent():
+    script = (
+        "import subprocess, sys, time; from lowmem import measure; "
+        "code = 'import os, sys, time; from lowmem.measure import _end_with; "
+        "_end_with(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(600)'; "
+        "import os; subprocess.Popen([sys.executable, '-c', code, str(os.getpid())]).wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        child = int(parent.stdout.readline())
+        parent.terminate()
+        parent.wait()
+    deadline = time.monotonic() + 30
+    while _is_alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_child_whose_parent_is_gone_already_does_nothing():
+    code = "from lowmem.measure import _end_with; _end_with(1 << 30)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip().endswith("is gone")) == (1, True)
+
+
+def _is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False

@@ -21,6 +21,8 @@ from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Int8Channel, IntGrouped, Plain
 from lowmem.artifact.weights import Checkpoint
 
+_HEAD_MULTIPLE = 16
+"""ONNX Runtime's causal attention refuses other head sizes when it runs."""
 _MODEL = "model.onnx"
 _MODEL_INT8 = "model_int8.onnx"
 _MODEL_FP16 = "model_fp16.onnx"
@@ -36,20 +38,13 @@ def write_graphs(directory: Path, contract: Contract) -> dict[str, str]:
         contract: The bundle's input contract.
 
     Returns:
-        File name to compute, empty where no operator of ONNX Runtime takes the formats:
-
-        * 16-bit weights: ``model.onnx`` ``fp32``; with float16 also ``model_fp16.onnx`` ``fp16``,
-          for CUDA;
-        * grouped codes: ``model.onnx`` ``fp32`` and ``model_int8.onnx`` ``int8``;
-        * channel codes: ``model.onnx`` ``int8``, or ``fp32`` if no linear rounds its inputs;
-        * bitsandbytes' formats, mixtures of the above, and groups of another size than 16, 32,
-          64, 128 or 256: none.
+        As ``graphs_of``.
 
     Raises:
         BundleError: The directory does not hold a whole variant.
     """
     checkpoint = Checkpoint(directory)
-    graphs = _graphs(checkpoint)
+    graphs = graphs_of(checkpoint, contract)
     if graphs and contract.pooling == "latent_attention":
         write_folded(checkpoint)
     for name, compute in graphs.items():
@@ -57,7 +52,26 @@ def write_graphs(directory: Path, contract: Contract) -> dict[str, str]:
     return graphs
 
 
-def _graphs(checkpoint: Checkpoint) -> dict[str, str]:
+def graphs_of(checkpoint: Checkpoint, contract: Contract) -> dict[str, str]:
+    """The graphs that a variant's formats allow.
+
+    Args:
+        checkpoint: The variant.
+        contract: The bundle's input contract.
+
+    Returns:
+        File name to compute, empty where no operator of ONNX Runtime takes formats or heads:
+
+        * 16-bit weights: ``model.onnx`` ``fp32``; with float16 also ``model_fp16.onnx`` ``fp16``,
+          for CUDA;
+        * grouped codes: ``model.onnx`` ``fp32`` and ``model_int8.onnx`` ``int8``;
+        * channel codes: ``model.onnx`` ``int8``, or ``fp32`` if no linear rounds its inputs;
+        * bitsandbytes' formats, mixtures of the above, and groups of another size than 16, 32,
+          64, 128 or 256: none;
+        * causal attention with a ``head_dim`` that is no multiple of 16: none.
+    """
+    if contract.is_causal and checkpoint.config.head_dim % _HEAD_MULTIPLE:
+        return {}
     forms = set(checkpoint.formats.values())
     kinds = {type(form) for form in forms}
     if not all(map(is_supported, forms)):

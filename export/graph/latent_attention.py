@@ -31,7 +31,7 @@ def write_folded(checkpoint: Checkpoint) -> None:
         name: TensorSpec("F32", tuple(tensor.shape))
         for name, tensor in zip(("keys", "values"), folded, strict=True)
     }
-    with (checkpoint.directory / FOLDED).open("wb") as file:
+    with (checkpoint.directory / FOLDED).open("xb") as file:
         file.write(header_bytes(specs))
         for tensor in folded:
             file.write(tensor.numpy().data)

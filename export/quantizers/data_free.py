@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.quantizers.grids import nf4_codes, pack
+from export.quantizers.grids import check_groups, nf4_codes, pack
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped
 from lowmem.artifact.formats import bnb_nf4 as nf4_layout
 from lowmem.artifact.tensors import RawTensor
@@ -54,19 +54,11 @@ def quantize(weight: Tensor, form: Format, place: str) -> dict[str, RawTensor]:
     if isinstance(form, BnbInt8):
         return _by_rows(weight, bnb_int8, place)
     if isinstance(form, IntGrouped):
-        if weight.shape[1] % form.group_size:
-            raise BundleError(
-                f"group_size must divide in_features, got group_size={form.group_size} and "
-                f"in_features={weight.shape[1]} ({place})"
-            )
+        check_groups(form, weight.shape[1], place)
         bits, size = form.bits, form.group_size
         return _by_rows(weight, lambda block: int_grouped(block, bits, size), place)
     if isinstance(form, BnbNf4):
-        if weight.shape[1] % form.group_size:
-            raise BundleError(
-                f"NF4 needs in_features divisible by {form.group_size}, got {weight.shape[1]} "
-                f"({place})"
-            )
+        check_groups(form, weight.shape[1], place)
         size = form.group_size
         return _by_rows(weight, lambda block: bnb_nf4(block, size), place)
     raise AssertionError(form)

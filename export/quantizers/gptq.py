@@ -8,6 +8,9 @@ inputs is GPTAQ's (https://arxiv.org/abs/2504.02692); here the wanted outputs of
 (https://arxiv.org/abs/2210.17323) rounds one input at a time, the weightiest first, and lets the
 inputs that are still to come make up for it. Groups and their scales are fixed before that, so
 that the order shows nowhere in the format.
+
+The moments of a large matrix are most of what calibration holds, so they are worked on in place:
+at no time are there more than two matrices of their size.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def quantize_outputs(weight: Tensor, moments: Moments, grid: Grid) -> tuple[Tens
 
     Args:
         weight: Their weights, stacked, float32 ``[out_features, in_features]``.
-        moments: Their inputs and wanted outputs; ``targets`` is overwritten.
+        moments: Their inputs and wanted outputs; both are overwritten.
         grid: The values of their format.
 
     Returns:
@@ -40,22 +43,22 @@ def quantize_outputs(weight: Tensor, moments: Moments, grid: Grid) -> tuple[Tens
     Raises:
         BundleError: A scale does not fit the format, or the inputs are not finite.
     """
+    importance = moments.inputs.diagonal().clone()
+    missing = moments.targets.addmm_(weight, moments.inputs, alpha=-1)
     inverse = ridge_inverse(moments.inputs)
-    moved = least_squares(weight, moments, inverse)
-    return round_weight(moved, moments.inputs.diagonal(), inverse, grid)
+    return round_weight(least_squares(weight, missing, inverse), importance, inverse, grid)
 
 
-def least_squares(weight: Tensor, moments: Moments, inverse: Tensor) -> Tensor:
+def least_squares(weight: Tensor, missing: Tensor, inverse: Tensor) -> Tensor:
     """The weight moved to where its outputs are nearest to the wanted ones.
 
     Ridge regression around the weight: weight + (t xᵀ - weight x xᵀ) (x xᵀ + ridge)⁻¹.
 
     Args:
         weight: float32 ``[out_features, in_features]``.
-        moments: Its inputs and wanted outputs; ``targets`` is overwritten.
+        missing: t xᵀ - weight x xᵀ, ``[out_features, in_features]``.
         inverse: (x xᵀ + ridge)⁻¹, ``[in_features, in_features]``.
     """
-    missing = moments.targets.addmm_(weight, moments.inputs, alpha=-1)
     return torch.addmm(weight, missing, inverse)
 
 
@@ -66,21 +69,22 @@ def ridge_inverse(inputs: Tensor, ridge: float = RIDGE) -> Tensor:
     drown in rounding, the ridge is made larger.
 
     Args:
-        inputs: x xᵀ, ``[in_features, in_features]``; left as it is.
+        inputs: x xᵀ, ``[in_features, in_features]``, which becomes the inverse.
         ridge: Relative to each input's own moment, so that no input of large range drowns others.
 
     Raises:
         BundleError: The moments are not finite.
     """
-    moments = inputs.diagonal()
+    moments = inputs.diagonal().clone()
     floor = moments.median().clamp_min(torch.finfo(inputs.dtype).tiny) * 1e-3
     for _ in range(_MOST_TRIES):
-        regular = inputs.clone()
-        regular.diagonal().add_(moments.clamp_min(floor), alpha=ridge)
-        factor, failed = torch.linalg.cholesky_ex(regular)
-        del regular
+        torch.add(moments, moments.clamp_min(floor), alpha=ridge, out=inputs.diagonal())
+        factor, failed = torch.linalg.cholesky_ex(inputs)
         if not int(failed):
-            return torch.cholesky_inverse(factor)
+            # LAPACK writes columns; into rows it would be by way of one more matrix.
+            torch.cholesky_inverse(factor, out=inputs.mT)
+            return inputs
+        del factor
         ridge *= 2
     raise BundleError("the model's activations on the calibration texts are not finite")
 
@@ -93,7 +97,7 @@ def round_weight(
     Args:
         weight: float32 ``[out_features, in_features]``.
         importance: Each input's second moment, ``[in_features]``.
-        inverse: Of the inputs' second moments, ``[in_features, in_features]``.
+        inverse: Of the inputs' second moments, ``[in_features, in_features]``; it is overwritten.
         grid: The format's values.
 
     Returns:
@@ -105,7 +109,8 @@ def round_weight(
     """
     scales = grid.scales(weight, importance)
     order = importance.argsort(descending=True, stable=True)
-    factor = torch.linalg.cholesky(inverse[order[:, None], order], upper=True)
+    _reorder(inverse, order)
+    factor = torch.linalg.cholesky(inverse, upper=True)
     groups = order // grid.group_size
     weight = weight[:, order]
     features = weight.shape[1]
@@ -123,3 +128,10 @@ def round_weight(
             block[:, column + 1 :].addr_(error, corner[column, column + 1 :], alpha=-1)
         weight[:, end:].addmm_(errors, factor[begin:end, end:], alpha=-1)
     return weight[:, order.argsort()], scales
+
+
+def _reorder(matrix: Tensor, order: Tensor) -> None:
+    """Brings rows and columns of a square matrix into an order, with one copy of it at most."""
+    matrix.copy_(matrix[order])
+    for rows in matrix.split(_BLOCK):
+        rows.copy_(rows[:, order])

@@ -24,6 +24,9 @@ from lowmem.errors import BundleError, InputError
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 CARD = "README.md"
+MODULES = "modules.json"
+POOLING = "1_Pooling/config.json"
+_COMPUTED = ("Transformer", "Pooling", "Normalize")
 _MOST_CARD_BYTES = 2**20
 
 
@@ -51,6 +54,7 @@ class HuggingFaceDirectory:
         """
         self._directory = directory
         refuse_quantized(directory)
+        refuse_modules(directory)
         _refuse_pickled(directory)
         self._checkpoint = Checkpoint(directory)
         if not (directory / TOKENIZER).is_file():
@@ -61,6 +65,7 @@ class HuggingFaceDirectory:
         self.name = name or directory.resolve().name
         self.revision = revision
         self.licence = card_licence(directory / CARD)
+        self.pooling_modes = _pooling_modes(directory)
         dtypes = {self._checkpoint.tensors[name].dtype for name in _names(self.config)}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
 
@@ -126,6 +131,45 @@ def refuse_quantized(directory: Path) -> None:
             f"a source must have 16 or 32-bit weights, and {directory} is quantized already "
             f"(quant_method {method!r}): export from the model that it was made of"
         )
+
+
+def refuse_modules(directory: Path) -> None:
+    """Checks that a directory's ``modules.json``, if there is one, names only what is computed.
+
+    Raises:
+        BundleError: It has, or it is damaged.
+    """
+    path = directory / MODULES
+    if not path.is_file():
+        return
+    modules = strict_json.loads(_read(path), str(path))
+    if not isinstance(modules, list):
+        raise BundleError(f"{path} must hold an array, got {strict_json.type_name(modules)}")
+    named = [module.get("type") if isinstance(module, dict) else None for module in modules]
+    kinds = [kind for kind in named if isinstance(kind, str)]
+    if len(kinds) < len(named):
+        raise BundleError(f"each module must have its type as a string ({path})")
+    # Releases of sentence-transformers differ in where a module stands, not in what it is called.
+    others = [kind for kind in kinds if kind.rpartition(".")[2] not in _COMPUTED]
+    if others:
+        raise BundleError(
+            f"lowmem computes {', '.join(_COMPUTED[:-1])} and {_COMPUTED[-1]} only, got the module "
+            f"{', '.join(map(repr, others))} ({path})"
+        )
+
+
+def _pooling_modes(directory: Path) -> tuple[str, ...]:
+    """What ``1_Pooling/config.json`` pools by, in sentence-transformers' words; none without it.
+
+    Newer files name the modes under ``pooling_mode``; older ones have a flag for each.
+    """
+    path = directory / POOLING
+    config = strict_json.read_object(path) if path.is_file() else {}
+    if "pooling_mode" in config:
+        named = config["pooling_mode"]
+        return tuple(map(str, named)) if isinstance(named, list) else (str(named),)
+    flags = (re.fullmatch(r"pooling_mode_(\w+?)(?:_tokens?)?", key) for key in config)
+    return tuple(flag[1] for flag in flags if flag and config[flag[0]] is True)
 
 
 def _refuse_pickled(directory: Path) -> None:

@@ -22,6 +22,7 @@ ARCHITECTURES = {
 }
 # Written where stock code of the same weights would compute causal attention: no loader knows
 # these types, so none gives another vector without a word.
+_STOCK_WINDOWS = {"mistral": 4096}  # what transformers takes where the key is missing
 _BIDIRECTIONAL = {name: f"lowmem-bidirectional-{name}" for name in ARCHITECTURES}
 
 _NVEMBED = "nvembed"
@@ -175,9 +176,9 @@ def parse_config(value: dict[str, Any], place: str) -> ModelConfig:
         value, "head_dim", problems, default=numbers["hidden_size"] // heads
     )
     numbers["max_position_embeddings"] = _size(value, "max_position_embeddings", problems)
-    window = value.get("sliding_window")
+    window = value.get("sliding_window", _STOCK_WINDOWS.get(model_type))
     if window is not None:
-        window = _size(value, "sliding_window", problems)
+        window = _size(value, "sliding_window", problems, default=window)
     if numbers["num_attention_heads"] % max(numbers["num_key_value_heads"], 1):
         problems.append(
             "num_key_value_heads must divide num_attention_heads, got "

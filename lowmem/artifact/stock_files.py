@@ -2,8 +2,11 @@
 
 They repeat what the contract says, in other libraries' words, so they are rendered from the
 contract and never edited: whoever loads a variant elsewhere gets the same ids and the same
-pooling, or an error. A contract that stock code would compute as something else (attention that
-is not causal) gets the tokenizer alone, beside a ``config.json`` that no stock loader takes.
+pooling, or an error. A contract that stock code would compute as something else gets the tokenizer
+alone: attention that is not causal, beside a ``config.json`` that no stock loader takes, and a mean
+that would leave out more or fewer tokens than ours. One thing cannot be made an error: where a
+query needs a task and the contract has no default, sentence-transformers' ``encode_query`` puts
+nothing before a query unless it is given the ``prompt_name`` of a task; export warns of it.
 
 The tokenizer's class is always ``PreTrainedTokenizerFast``, the one that takes ``tokenizer.json``
 as it stands; transformers 5 rebuilds the others, and its ``LlamaTokenizer`` gives other ids for a
@@ -30,11 +33,12 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _POOLING_FLAGS = {"lasttoken": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
+_PROMPTS = "config_sentence_transformers.json"
 _SENTENCE_TRANSFORMERS = (
     "modules.json",
     "1_Pooling/config.json",
     "sentence_bert_config.json",
-    "config_sentence_transformers.json",
+    _PROMPTS,
 )
 
 
@@ -88,9 +92,18 @@ def render(
         TOKENIZER: json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n",
         TOKENIZER_CONFIG: _json(settings),
     }
-    if contract.is_causal:
+    if contract.is_causal and _leaves_out_the_same(contract, pieces):
         files |= _sentence_transformers(config, contract)
     return files
+
+
+def lacks_query_prompt(files: Mapping[str, bytes]) -> bool:
+    """Whether sentence-transformers would embed a query as it stands, for want of a task.
+
+    Args:
+        files: What ``render`` gave.
+    """
+    return _PROMPTS in files and "query" not in _object(files[_PROMPTS], _PROMPTS)["prompts"]
 
 
 def check(directory: Path, config: ModelConfig, contract: Contract) -> None:
@@ -114,8 +127,9 @@ def check(directory: Path, config: ModelConfig, contract: Contract) -> None:
         for name, data in expected.items()
         for problem in _differences(name, strict_json.loads(data, name), directory)
     ]
+    would = "take the mean over other tokens" if contract.is_causal else "compute causal attention"
     problems += [
-        f"{name} must not be there: stock code would compute causal attention"
+        f"{name} must not be there: stock code would {would}"
         for name in _SENTENCE_TRANSFORMERS
         if name not in expected and (directory / name).exists()
     ]
@@ -189,6 +203,7 @@ def _sentence_transformers(config: ModelConfig, contract: Contract) -> dict[str,
                 for index, (path, kind) in enumerate(modules)
             ]
         ),
+        # Not sorted: older releases of vLLM take the first key that is true for the pooling mode.
         "1_Pooling/config.json": _json(
             {
                 "word_embedding_dimension": config.hidden_size,
@@ -206,12 +221,13 @@ def _sentence_transformers(config: ModelConfig, contract: Contract) -> dict[str,
                 ),
                 _POOLING_FLAGS[contract.pooling]: True,
                 "include_prompt": contract.pooling == "lasttoken",
-            }
+            },
+            sort_keys=False,
         ),
         "sentence_bert_config.json": _json(
             {"max_seq_length": contract.max_seq_length, "do_lower_case": False}
         ),
-        "config_sentence_transformers.json": _json(
+        _PROMPTS: _json(
             {
                 "prompts": prompts,
                 # As in ``Embedder.encode``: a text without a prompt is a document.
@@ -233,6 +249,25 @@ def _prompts(contract: Contract) -> dict[str, str]:
     return prompts | {task: contract.prompt("query", task) for task in contract.tasks}
 
 
+def _leaves_out_the_same(contract: Contract, pieces: Tokenizer) -> bool:
+    """Whether sentence-transformers' mean leaves out as many tokens as ours, for every prompt.
+
+    It leaves out what a prompt has when it is tokenized by itself. Ours leaves a space at its end
+    to the word behind it (``lowmem.text.tokenizer``). Older releases strip the prompt, and take its
+    last token for EOS, whatever it is.
+    """
+    prompts = [prompt for prompt in _prompts(contract).values() if prompt]
+    if contract.pooling != "mean" or not prompts:
+        return True
+
+    def count(text: str) -> int:
+        return len(pieces.encode(text, add_special_tokens=False).ids)
+
+    return contract.eos_token_id is not None and all(
+        count(prompt.rstrip(" ")) == count(prompt) == count(prompt.strip()) for prompt in prompts
+    )
+
+
 def _load(data: bytes, vocab_size: int) -> Tokenizer:
     try:
         pieces = Tokenizer.from_str(data.decode())
@@ -247,6 +282,8 @@ def _load(data: bytes, vocab_size: int) -> Tokenizer:
             f"token ids must be below vocab_size={vocab_size}, got {ids[token]} for {token!r} "
             f"({TOKENIZER})"
         )
+    pieces.no_truncation()
+    pieces.no_padding()
     return pieces
 
 
@@ -324,8 +361,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _json(value: Any) -> bytes:
-    return strict_json.dumps(value).encode()
+def _json(value: Any, *, sort_keys: bool = True) -> bytes:
+    text = strict_json.dumps(value) if sort_keys else json.dumps(value, indent=2) + "\n"
+    return text.encode()
 
 
 def _object(data: bytes, place: str) -> dict[str, Any]:

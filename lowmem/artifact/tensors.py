@@ -9,9 +9,11 @@ format itself is eight bytes of header length, a JSON header, and the data witho
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -77,12 +79,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: ``offset`` counts bytes from the start of ``path``."""
+    """Where a tensor lies: ``offset`` counts bytes from the start of ``path``.
+
+    With a ``version``, which ``read_header`` gives, the bytes are read from that very file or not
+    at all: an export may put another one in its place while a streamed plan runs.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     path: Path
     offset: int
+    version: tuple[int, ...] | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -98,14 +105,15 @@ class StoredTensor:
         """The tensor as a private memory map of its file: no heap, no copy.
 
         Raises:
-            BundleError: The file has vanished or has become shorter.
+            BundleError: The file has vanished, or is not the one that it was.
         """
         dtype = DTYPES[self.dtype]
         try:
             if not self.nbytes:
                 return RawTensor(self.dtype, np.empty(self.shape, dtype))
             # Mode "c" marks the pages copy-on-write: torch warns about arrays it may not write.
-            data = np.memmap(self.path, np.uint8, "c", self.offset, (self.nbytes,))
+            with self._open() as file:
+                data = np.memmap(file, np.uint8, "c", self.offset, (self.nbytes,))
         except (OSError, ValueError) as error:
             raise BundleError(f"{self.path} cannot be mapped: {error}") from error
         array = np.asarray(data)
@@ -117,7 +125,7 @@ class StoredTensor:
         """The tensor copied from disk into fresh memory.
 
         Raises:
-            BundleError: The file has vanished or has become shorter.
+            BundleError: The file has vanished, or is not the one that it was.
         """
         array = np.empty(self.shape, DTYPES[self.dtype])
         if array.nbytes:
@@ -128,11 +136,11 @@ class StoredTensor:
         """Copies the tensor's bytes from disk into memory that is there, uint8 ``[nbytes]``.
 
         Raises:
-            BundleError: The file has vanished or has become shorter.
+            BundleError: The file has vanished, or is not the one that it was.
         """
         view = data.data
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with self._open() as file:
                 done = 0
                 while done < len(view):
                     got = os.preadv(file.fileno(), [view[done:]], self.offset + done)
@@ -146,13 +154,20 @@ class StoredTensor:
         """Lets the tensor's bytes go from the page cache; those of others on its first page stay.
 
         Raises:
-            BundleError: The file has vanished.
+            BundleError: The file has vanished, or is not the one that it was.
         """
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with self._open() as file:
                 os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise BundleError(f"{self.path} cannot be read: {error}") from error
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[io.FileIO]:
+        with self.path.open("rb", buffering=0) as file:
+            if self.version is not None and _version(file) != self.version:
+                raise BundleError(f"{self.path} has changed since it was opened: load it again")
+            yield file
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -163,8 +178,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             dtype, a shape that does not fit its bytes, gaps, overlaps or bytes past the end.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
+            version = _version(file)
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise BundleError(
@@ -185,7 +201,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if begin != end:
             raise BundleError(f"tensors must lie without gaps or overlaps ({path}, tensor {name})")
         end = begin + spec.nbytes
-        tensors[name] = StoredTensor(spec.dtype, spec.shape, path, start + begin)
+        tensors[name] = StoredTensor(spec.dtype, spec.shape, path, start + begin, version)
     if start + end != size:
         raise BundleError(
             f"{path} must be {start + end} bytes long by its header, got {size}: "
@@ -268,6 +284,12 @@ def some_names(names: Iterable[str], most: int = 5) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return ", ".join(ordered[:most]) + more
+
+
+def _version(file: io.FileIO) -> tuple[int, ...]:
+    """What differs between an open file and any other, and any that was written since."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _offsets(entry: Any) -> tuple[int, int]:

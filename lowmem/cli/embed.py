@@ -17,7 +17,7 @@ from lowmem.errors import InputError
 from lowmem.scratch import mapped
 from lowmem.text.reading import InputRow, read_rows
 from lowmem.text.tokenizer import Tokenizer
-from lowmem.text.writing import check_output, write_vectors
+from lowmem.text.writing import check_output, check_room, write_vectors
 
 
 def embed(
@@ -60,13 +60,15 @@ def embed(
         floor=floor,
     )
     sys.stderr.write(f"plan {model.plan.id}: {model.plan.reason}\n")
+    computed = mapped(output.resolve().parent, (len(rows), model.dimensions), "embedding")
+    check_room(output, *computed.shape)
     vectors = model.embed(
         [row.text for row in rows],
         prompts,
         names=names,
         truncate=truncate,
         show_progress_bar=True,
-        out=mapped(output.resolve().parent, (len(rows), model.dimensions), "embedding"),
+        out=computed,
     )
     write_vectors(output, rows, vectors)
     typer.echo(f"{len(vectors)} vectors of {vectors.shape[1]} dimensions in {output}")

@@ -14,13 +14,14 @@ from typing import Annotated
 import typer
 
 from lowmem import data, hub
+from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract, read_contract
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.models import known_models
 from lowmem.artifact.variants import VARIANTS, budgeted, check_variants
-from lowmem.cli.options import size_text
+from lowmem.cli.options import parse_size, size_text
 from lowmem.data import Row
-from lowmem.errors import InputError, missing_extra
+from lowmem.errors import CapacityError, InputError, missing_extra
 from lowmem.progress import bar, duration_text
 from lowmem.text.reading import read_rows
 
@@ -65,6 +66,12 @@ def export(
     reference_texts: Annotated[
         str, typer.Option(help="probe, quick, none, or auto: probe unless it is slow here.")
     ] = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Refuse to begin if this process may need more, such as 3G."
+        ),
+    ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the source's files instead of linking them.")
     ] = False,
@@ -84,6 +91,7 @@ def export(
         raise InputError(
             f"reference-texts must be auto, probe, quick or none, got {reference_texts!r}"
         )
+    most_bytes = None if max_memory is None else parse_size(max_memory, "--max-memory")
     names = [name.strip() for name in variants.split(",") if name.strip()]
     check_variants(names)
     if bits is not None:
@@ -98,6 +106,8 @@ def export(
     progress = _Progress()
     opened = open_source(source, accepts_licence=accepts, progress=progress)
     typer.echo(f"licence: {opened.licence or 'none named by the source'}", err=True)
+    if most_bytes is not None and "fp16" in names and reference_texts != "none":
+        _check_reference_memory(opened.config, most_bytes)
     from export.pipeline import export as run  # with torch, which what is refused need not wait for
 
     run(
@@ -110,6 +120,7 @@ def export(
         onnx=onnx,
         copy=copy,
         force=force,
+        max_memory=most_bytes,
         accepts_licence=accepts,
         progress=progress,
     )
@@ -215,6 +226,22 @@ class _Progress:
         sys.stderr.flush()
 
 
+def _check_reference_memory(config: ModelConfig, most_bytes: int) -> None:
+    """Refuses reference vectors that may need more memory than is allowed."""
+    from lowmem import hardware
+    from lowmem.artifact.variants import formats_for
+    from lowmem.fidelity import reference
+    from lowmem.planner import memory
+
+    plan = reference.plan(hardware.probe().cpu_threads)
+    needed, _ = memory.predict(plan, config, "F16", formats_for("fp16", config, "F16"))
+    if needed > most_bytes:
+        raise CapacityError(
+            f"reference vectors may need {size_text(needed)} of memory, {size_text(most_bytes)} "
+            "are allowed: --reference-texts none leaves them to the first report"
+        )
+
+
 def _write_reference(bundle: Bundle, texts: str) -> None:
     """Makes the reference vectors, unless the bundle has those that are wanted."""
     from lowmem import hardware
@@ -224,13 +251,15 @@ def _write_reference(bundle: Bundle, texts: str) -> None:
 
     if texts == "none" or "fp16" not in bundle.manifest.variants:
         return
+    enough = {texts}
     if texts == "auto":
         texts = reference.built_in_texts(Checkpoint(bundle.directory("fp16")).config)
+        enough = {texts, "probe"}
     try:
         known = reference.stored(bundle)
     except BundleError:  # of another export, or damaged: made again below
         known = None
-    if known is not None and known.name == texts:
+    if known is not None and known.name in enough:
         return
     rows = data.load(texts)
     with bar(f"reference vectors of {len(rows)} texts", len(rows)) as advance:

@@ -98,7 +98,8 @@ def _reports(bundle: Bundle) -> list[dict[str, Any]]:
             raise BundleError(
                 f"a report needs plan, cosine, texts and artifact_sha256 ({path})"
             ) from error
-        variant = next((v for v in bundle.manifest.variants if plan.startswith(f"{v}-")), None)
+        names = [name for name in bundle.manifest.variants if plan.startswith(f"{name}-")]
+        variant = max(names, key=len, default=None)  # a plan of int4-5.5 begins as one of int4 does
         current = variant is not None and bundle.manifest.artifact_sha256(variant) == artifact
         found.append({"plan": plan, "mean": mean, "current": current, "texts": texts})
     return found

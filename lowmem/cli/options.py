@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lowmem.errors import InputError
 
 Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_default=False)]
 Variant = Annotated[str, typer.Option(help="fp16, int8, int4, bnb-int8, bnb-nf4, or auto.")]
@@ -26,3 +29,22 @@ def size_text(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of ``3G``, ``1.5 GiB``, ``800MB`` or ``4096``; all units are powers of 1024.
+
+    Args:
+        text: What was given.
+        option: Its name, for the error.
+
+    Raises:
+        InputError: It is no size.
+    """
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]?)(?:I?B)?", text.strip().upper())
+    if match is None or not float(match[1]):
+        raise InputError(f"{option} must be a size such as 3G or 800M, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -119,7 +119,7 @@ def report(
     wishes = Wishes(variant, engine, device, compute, schedule)
     plans = one_of_each(candidates(subject, machine, wishes))
     parts = Parts()
-    inputs, compared = _compare(opened, subject, plans, wanted, least, machine, parts)
+    inputs, compared, failed = _compare(opened, subject, plans, wanted, least, machine, parts)
     is_built_in = texts is None and reference_file is None and inputs.texts.all_texts is None
     if is_built_in:
         store(opened, compared, _pages(opened, compared, inputs, machine, least))
@@ -129,6 +129,7 @@ def report(
         "reports": reports,
         "agreement": agreement(compared),
         "drift": None if compare is None or not old else drift.drift(compare.name, old, reports),
+        "failed": [{"plan": plan.report_id, "reason": plan.dropped} for plan in failed],
     }
     if json_file is not None:
         _write(json_file, strict_json.dumps(result))
@@ -137,10 +138,14 @@ def report(
         _write(html_file, page)
     if dump_directory is not None:
         dump(dump_directory, compared, inputs.texts)
-    parts.forget()
+    if not failed:
+        parts.forget()
     typer.echo(table(reports, least))
     if result["drift"] is not None:
         typer.echo(f"\n{drift.table(result['drift'])}")
+    if failed:
+        names = ", ".join(plan.report_id for plan in failed)
+        raise BackendError(f"{len(failed)} of {len(plans)} plans failed: {names}")
     if any(one["verdict"] == "fail" for one in reports):
         raise typer.Exit(BELOW_THE_FLOOR)
 
@@ -153,8 +158,8 @@ def _compare(
     floor: Floor,
     machine: Hardware,
     parts: Parts,
-) -> tuple[Inputs, list[Compared]]:
-    """Embeds everything, with the time that is left on stderr."""
+) -> tuple[Inputs, list[Compared], list[Plan]]:
+    """Embeds everything, with the time that is left and the plans that fail on stderr."""
     config = subject.config
     cpu_speed = reference.products_per_second() / (2 * config.linear_weights)
     speeds = known_speeds(plans, bundle, config, machine)
@@ -165,11 +170,14 @@ def _compare(
     inputs = wanted.embedded(machine.cpu_threads, parts, bar)
 
     def on_plan(plan: Plan, seconds: float) -> None:
+        if plan.dropped is not None:
+            typer.echo(f"{plan.report_id} failed: {plan.dropped}", err=True)
+            return
         pace.finished(plan, seconds)
         left = f", {pace.left()} left" if plan is not plans[-1] else ""
         typer.echo(f"compared {plan.report_id} in {seconds:.0f} s{left}", err=True)
 
-    return inputs, compare_plans(bundle, plans, inputs, floor, machine, parts, bar, on_plan)
+    return inputs, *compare_plans(bundle, plans, inputs, floor, machine, parts, bar, on_plan)
 
 
 def _pages(

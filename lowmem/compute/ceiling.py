@@ -16,6 +16,8 @@ from lowmem.artifact.config import ModelConfig
 from lowmem.compute.operations.plain import PRODUCT_DTYPES
 from lowmem.compute.operations.products import Product, onednn
 
+# What only a card has is held against its 16-bit products; of 8-bit ones it may make more.
+_DTYPES = {**PRODUCT_DTYPES, "fp16-acc16": torch.float16, "fp8": torch.bfloat16}
 _TOKENS = (256, 1024, 4096)
 _ROUNDS = 4
 # Rounds stop early on a device that is slow, but each product is made twice.
@@ -48,7 +50,7 @@ def best_product(device: str, compute: str, config: ModelConfig, threads: int) -
 
 
 def _libraries(device: str, compute: str) -> list[tuple[Product, torch.dtype]]:
-    dtype = PRODUCT_DTYPES[compute]
+    dtype = _DTYPES[compute]
     libraries: list[tuple[Product, torch.dtype]] = [(F.linear, dtype)]
     if device == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         libraries.append((onednn, dtype))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class OnnxEngine:
         checkpoint = Checkpoint(directory)
         self.hidden_size = checkpoint.config.hidden_size
         self._device = device
+        self._one_pass = threading.Lock()
         self._has_pooling_mask = contract.pooling != "lasttoken"
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = _FATAL
@@ -107,13 +109,15 @@ class OnnxEngine:
         """Pooled vectors of each batch, float32 ``[texts, hidden_size]``, in its row order.
 
         They have unit length if the contract says so. Batches that do not fit the device's memory
-        are split in two and tried again.
+        are split in two and tried again. Threads take turns at it: each would need the memory of
+        a batch.
 
         Raises:
             CapacityError: A single text does not fit.
             BackendError: onnxruntime failed otherwise.
         """
-        return [self._embed(batch.without_prefixes()) for batch in batches]
+        with self._one_pass:
+            return [self._embed(batch.without_prefixes()) for batch in batches]
 
     def _embed(self, batch: PackedBatch) -> NDArray[np.float32]:
         vectors = np.empty((batch.texts, self.hidden_size), np.float32)

@@ -107,7 +107,7 @@ class Parts:
         return made
 
     def _folder(self, identity: Mapping[str, Any]) -> Path:
-        folder = cache.directory() / "parts" / _key(identity)
+        folder = cache.directory() / "parts" / cache_key(identity)
         self._folders.add(folder)
         return folder
 
@@ -117,7 +117,8 @@ class Parts:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _key(identity: Mapping[str, Any]) -> str:
+def cache_key(identity: Mapping[str, Any]) -> str:
+    """Name in the cache of what an identity, the packages and this code have made."""
     content = {**identity, "versions": package_versions(), "code": _code_sha256()}
     return hashlib.sha256(strict_json.canonical(content)).hexdigest()[:32]
 

@@ -25,11 +25,12 @@ from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
-from lowmem.fidelity.parts import Parts
+from lowmem.fidelity.parts import Parts, cache_key
 from lowmem.measure import Record
 
 Vectors = NDArray[np.float32]
 FORMAT = 1
+_NAMES = ("probe", "quick")
 BATCH_TOKENS = 4096
 _WINDOW_TOKENS = 4 * BATCH_TOKENS
 _LONGEST_SECONDS = 600
@@ -142,7 +143,7 @@ def built_in_texts(config: ModelConfig) -> str:
 
 
 def write(bundle: Bundle, reference: Reference) -> None:
-    """Stores reference vectors of built-in texts in the bundle."""
+    """Stores reference vectors of built-in texts in the bundle, in place of any others."""
     folder = bundle.path / "reference"
     folder.mkdir(exist_ok=True)
     with cache.replacing(folder / f"{reference.name}.npy") as file:
@@ -160,6 +161,10 @@ def write(bundle: Bundle, reference: Reference) -> None:
     }
     with cache.replacing(folder / f"{reference.name}.json") as file:
         file.write(strict_json.dumps(about).encode())
+    # Those of another fp16 would be found first, and refused ever after.
+    for other in (name for name in _NAMES if name != reference.name):
+        for suffix in (".json", ".npy"):
+            (folder / f"{other}{suffix}").unlink(missing_ok=True)
 
 
 def stored(bundle: Bundle) -> Reference | None:
@@ -168,7 +173,7 @@ def stored(bundle: Bundle) -> Reference | None:
     Raises:
         BundleError: They are damaged, of other texts, or of another ``fp16``.
     """
-    for name in ("probe", "quick"):
+    for name in _NAMES:
         path = bundle.path / "reference" / f"{name}.json"
         if path.exists():
             return _read(bundle, name, path)
@@ -183,7 +188,7 @@ def of_own_texts(
     parts: Parts,
     on_texts: Callable[[int], None] = lambda texts: None,
 ) -> Reference:
-    """Reference vectors of the user's texts, from the user's cache if they are there.
+    """Reference vectors of the user's texts, from the user's cache if this version put them there.
 
     Raises:
         InputError: They must be computed, and the bundle has no ``fp16``.
@@ -193,7 +198,7 @@ def of_own_texts(
             f"reference vectors of other texts need the variant fp16, which {bundle.path} lacks: "
             "leave out --texts, or export fp16"
         )
-    key = hashlib.sha256(strict_json.canonical(_identity(bundle, rows))).hexdigest()[:32]
+    key = cache_key(_identity(bundle, rows))
     folder = cache.directory() / "references"
     vectors, tokens = folder / f"{key}.npy", f"reference-{key}.json"
     known = cache.read_json(tokens)

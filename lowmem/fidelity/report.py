@@ -25,7 +25,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
-from lowmem.errors import InputError
+from lowmem.errors import InputError, LowmemError, reason_of
 from lowmem.fidelity import calibration, metrics, neighbours, outputs, retrieval, sts
 from lowmem.fidelity.inputs import Inputs, Progress
 from lowmem.fidelity.invariance import invariance
@@ -67,8 +67,10 @@ def compare_plans(
     parts: Parts,
     progress: Progress,
     on_plan: Callable[[Plan, float], None] = lambda plan, seconds: None,
-) -> list[Compared]:
+) -> tuple[list[Compared], list[Plan]]:
     """Runs plans over texts and compares their vectors with the reference.
+
+    One that fails does not keep the others from being compared.
 
     Args:
         bundle: The bundle.
@@ -78,16 +80,19 @@ def compare_plans(
         machine: Where this is.
         parts: Keeps finished parts.
         progress: Opens a progress bar for a plan and its number of texts.
-        on_plan: Told each plan that has been compared, and the seconds it took.
+        on_plan: Told each plan that is done, a failed one as it is returned, and the seconds it
+            took.
+
+    Returns:
+        The plans that were compared, and those that failed, with the error in ``dropped``.
 
     Raises:
-        LowmemError: A plan cannot be run.
+        LowmemError: No plan could be compared; this is the error of the first.
     """
     before = neighbours.find(inputs.texts.vectors, NEIGHBOURS)
     shared: dict[str, dict[str, Any]] = {}
-    compared = []
-    for plan in plans:
-        start = time.monotonic()
+
+    def compare(plan: Plan) -> Compared:
         count = sum(len(one.rows) for one in inputs.references)
         with progress(plan.report_id, count) as advance:
             ran = [_embed(bundle, plan, one, machine, parts, advance) for one in inputs.references]
@@ -102,9 +107,23 @@ def compare_plans(
             "machine": f"{machine.cpu_name}, {machine.cpu_threads} threads",
             "calibration": shared[steered],
         }
-        compared.append(_compare(bundle, plan, ran, inputs, before, floor, about))
+        return _compare(bundle, plan, ran, inputs, before, floor, about)
+
+    compared: list[Compared] = []
+    failed: list[Plan] = []
+    errors: list[LowmemError] = []
+    for plan in plans:
+        start = time.monotonic()
+        try:
+            compared.append(compare(plan))
+        except LowmemError as error:
+            errors.append(error)
+            plan = plan.with_(dropped=reason_of(error))
+            failed.append(plan)
         on_plan(plan, time.monotonic() - start)
-    return compared
+    if errors and not compared:
+        raise errors[0]
+    return compared, failed
 
 
 def one_of_each(plans: Sequence[Plan]) -> list[Plan]:

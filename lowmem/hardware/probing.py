@@ -188,6 +188,8 @@ def _probe_gpus() -> tuple[tuple[Gpu, ...], str | None]:
         gpus, problem = (), f"nvidia-smi cannot be run: {error.strerror}"
     else:
         if done.returncode == 0:
+            # CUDA's own order puts the fastest first: device 0 would be another than listed here.
+            os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
             return parse_gpus(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES"))
         said = " ".join((done.stderr or done.stdout).split())
         gpus, problem = (), f"nvidia-smi failed with status {done.returncode}: {said}"

@@ -202,8 +202,12 @@ def _onnx(
         if plan.device == "cuda" or any(isinstance(form, IntGrouped) for form in formats.values()):
             # Cast to float32 while the session opens, and kept.
             folded += 2 * _latent_bytes(config)[1]
+    widest = plan.batch_tokens * 4 * max(layer, pooling)
+    if not config.is_stock:
+        # The operator for attention to all tokens holds every score of a text that fills a batch.
+        widest = max(widest, 4 * config.num_attention_heads * plan.batch_tokens**2)
     # Measured: a little more than the widest moment, for chunks of the arena that fit nothing.
-    activations = int(1.1 * plan.batch_tokens * 4 * max(layer, pooling))
+    activations = int(1.1 * widest)
     if plan.device == "cpu":
         # Unsigned codes are made while the session opens, one matrix at a time; of small ones the
         # memory stays in the heap, and serves activations later.

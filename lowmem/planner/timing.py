@@ -29,6 +29,8 @@ _ASSUMED_FLOPS = 1e11
 _PREFILL_SECONDS = 2.0
 _CHARACTERS_PER_TOKEN = 4
 _TIMEOUT_SECONDS = 600
+# A pass on a card takes too little time for one of them to be sure of.
+_DEVICE_REPEATS = 3
 
 
 def time_plans(
@@ -52,19 +54,23 @@ def time_plans(
     Returns:
         The plans in the same order; one that fails to run is dropped with the error as reason.
     """
-    rows, layers = workload(subject.config), subject.config.num_hidden_layers
+    layers = subject.config.num_hidden_layers
     timings = _Timings(f"timings-{hardware.fingerprint(machine)}")
     timed = []
     for plan in plans:
         if plan.dropped is not None or plan.tokens_per_second is not None:
             timed.append(plan)
             continue
+        rows = workload(subject.config, plan.device)
         key = _key(plan, bundle, rows, layers)
         speed, computing = timings.get(key), timings.get(f"{key}-computing")
         if speed is None or computing is None:
             on_plan(plan)
             try:
-                record = measure(bundle.path, plan, rows, timeout_seconds=_TIMEOUT_SECONDS)
+                repeats = _DEVICE_REPEATS if plan.device == "cuda" else 1
+                record = measure(
+                    bundle.path, plan, rows, repeats=repeats, timeout_seconds=_TIMEOUT_SECONDS
+                )
             except LowmemError as error:
                 logger.warning("%s cannot run: %s", plan.id, error)
                 timed.append(plan.with_(dropped=str(error)))
@@ -88,21 +94,28 @@ def known_speeds(
     plans: Sequence[Plan], bundle: Bundle, config: ModelConfig, machine: Hardware
 ) -> dict[str, float]:
     """Tokens per second of the plans that were timed before, by plan id; nothing is run."""
-    rows = workload(config)
     timings = cache.read_json(f"timings-{hardware.fingerprint(machine)}") or {}
-    keys = {plan.id: _key(plan, bundle, rows, config.num_hidden_layers) for plan in plans}
+    layers = config.num_hidden_layers
+    keys = {plan.id: _key(plan, bundle, workload(config, plan.device), layers) for plan in plans}
     speeds = {id_: timings.get(key) for id_, key in keys.items()}
     return {id_: s for id_, s in speeds.items() if isinstance(s, float) and s > 0}
 
 
-def workload(config: ModelConfig) -> list[Row]:
-    """Built-in texts of middle length, about as many as one pass of two seconds takes."""
+def workload(config: ModelConfig, device: str = "cpu") -> list[Row]:
+    """Built-in texts of middle length.
+
+    On a CPU about as many as one pass of two seconds takes; on a card all of them, which is what
+    it takes to hide how long the weights take to come.
+    """
+    middle = [row for row in load("workloads") if row.kind == "mid"]
+    if device == "cuda":
+        return middle
     flops_per_token = 2 * config.linear_weights
     characters = _CHARACTERS_PER_TOKEN * _PREFILL_SECONDS * _ASSUMED_FLOPS / flops_per_token
     wanted = min(max(characters, _FEWEST_CHARACTERS), _MOST_CHARACTERS)
     rows: list[Row] = []
-    for row in load("workloads"):
-        if row.kind == "mid" and sum(len(other.text) for other in rows) < wanted:
+    for row in middle:
+        if sum(len(other.text) for other in rows) < wanted:
             rows.append(row)
     return rows
 

@@ -94,15 +94,18 @@ class Tokenizer:
                 texts are named, up to ten. A prompt leaves no room for a text.
         """
         names = names or [f"text {row}" for row in range(len(texts))]
-        whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-        bad = [name for name, text in zip(names, whole, strict=True) if not _is_unicode(text)]
+        bad = [
+            name
+            for name, text, prompt in zip(names, texts, prompts, strict=True)
+            if not (_is_unicode(text) and _is_unicode(prompt))
+        ]
         if bad:
             raise InputError(f"a text must be valid Unicode: {_named(bad)}")
         known = {prompt: self._prompt(prompt) for prompt in dict.fromkeys(prompts)}
         contract = self._contract
         room = contract.max_seq_length - contract.special_tokens
         encoded, empty, too_long = [], [], []
-        pieces_of_all = self._pieces_of(whole)
+        pieces_of_all = self._pieces_of(texts, prompts)
         for text, prompt, name, pieces in zip(texts, prompts, names, pieces_of_all, strict=True):
             if not text.strip() or not pieces:
                 empty.append(name)
@@ -137,11 +140,13 @@ class Tokenizer:
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of bare texts, without prompt, special tokens or limit."""
-        return list(self._pieces_of(texts))
+        return list(self._pieces_of(texts, [""] * len(texts)))
 
-    def _pieces_of(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        for part in _parts(texts):
-            for encoding in self._pieces.encode_batch_fast(part, add_special_tokens=False):
+    def _pieces_of(self, texts: Sequence[str], prompts: Sequence[str]) -> Iterator[list[int]]:
+        lengths = [len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
+        for part in _parts(lengths):
+            whole = [prompt + text for prompt, text in zip(prompts[part], texts[part], strict=True)]
+            for encoding in self._pieces.encode_batch_fast(whole, add_special_tokens=False):
                 yield encoding.ids
 
     def _with_special_tokens(self, pieces: Sequence[int]) -> Ids:
@@ -163,15 +168,15 @@ class Tokenizer:
         return _Prompt(len(before) + len(instruction), np.array([*before, *pieces[:-1]], np.int64))
 
 
-def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cuts texts into runs of about so many characters, a longer text by itself."""
+def _parts(lengths: Sequence[int]) -> Iterator[slice]:
+    """Cuts texts of these lengths into runs of about so many characters, a longer one by itself."""
     begin = characters = 0
-    for row, text in enumerate(texts):
-        if characters and characters + len(text) > _CHARACTERS_AT_ONCE:
-            yield texts[begin:row]
+    for row, length in enumerate(lengths):
+        if characters and characters + length > _CHARACTERS_AT_ONCE:
+            yield slice(begin, row)
             begin, characters = row, 0
-        characters += len(text)
-    yield texts[begin:]
+        characters += length
+    yield slice(begin, len(lengths))
 
 
 def _is_unicode(text: str) -> bool:

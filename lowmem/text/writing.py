@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from lowmem.scratch import NO_ROOM
 from lowmem.text.suffixes import known_suffix, load_pyarrow
 
 _PART_ROWS = 4096
+_BYTES_PER_NUMBER = {".jsonl": 14}  # in text, with what separates them; elsewhere a float32
 
 
 def check_output(path: Path, *, source: Path | None = None) -> None:
@@ -46,6 +48,24 @@ def check_output(path: Path, *, source: Path | None = None) -> None:
     if source is not None and os.path.exists(source) and os.path.exists(target):
         if os.path.samefile(source, target):
             raise InputError(f"the output must be another file than the input, got {path} for both")
+
+
+def check_room(path: Path, texts: int, dimensions: int) -> None:
+    """Refuses to begin what the disk has no room for in the end.
+
+    Args:
+        path: As :func:`check_output` takes it.
+        texts: How many vectors there will be.
+        dimensions: Of each.
+
+    Raises:
+        CapacityError: The disk has not enough room.
+    """
+    suffix = known_suffix(path, "an output file", _WRITERS)
+    needed = texts * dimensions * _BYTES_PER_NUMBER.get(suffix, 4)
+    free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
+    if free < needed:
+        raise CapacityError(f"{path} needs about {needed} bytes of disk, {free} are free")
 
 
 def write_vectors(path: Path, rows: Sequence[Row], vectors: NDArray[np.float32]) -> None:

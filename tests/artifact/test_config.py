@@ -82,6 +82,14 @@ def test_no_text_is_longer_than_the_positions_or_the_window() -> None:
     assert replace(MISTRAL_7B, sliding_window=None).longest_sequence == 32768
 
 
+def test_a_window_that_is_not_named_is_the_one_that_transformers_takes() -> None:
+    value = config_json(MISTRAL_7B, "float16")
+    assert parse_config({**value, "sliding_window": None}, "config.json").sliding_window is None
+    del value["sliding_window"]
+    theirs = AutoConfig.for_model(**value).sliding_window
+    assert parse_config(value, "config.json").sliding_window == theirs == 4096
+
+
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])
 def test_what_transformers_saves_is_read(kind: type[Any]) -> None:
     saved = kind(

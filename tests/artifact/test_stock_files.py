@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel, LlamaTokenizerF
 from lowmem.artifact.config import ModelConfig, config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.latent_attention import LatentAttentionConfig
-from lowmem.artifact.stock_files import check, render
+from lowmem.artifact.stock_files import check, lacks_query_prompt, render
 from lowmem.errors import BundleError, InputError
 from tests.mistral import SPECIAL_TOKENS, mistral_tokenizer
 
@@ -46,6 +46,14 @@ CONTRACT = Contract(
     tasks={"NQ": "Given a question, retrieve passages", "STS13": "Retrieve similar text."},
     default_task="NQ",
 )
+# Its prompts end in no space, so sentence-transformers counts their tokens as we do.
+MEAN = replace(CONTRACT, pooling="mean", query_template="Instruct: {task}\nQuery:{text}")
+SENTENCE_TRANSFORMERS = {
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+}
 CONFIG = ModelConfig(
     model_type="llama",
     vocab_size=320,
@@ -302,12 +310,95 @@ def test_prompts_are_those_of_the_contract(tiny: Files) -> None:
     assert settings(document_template="passage: {text}")["default_prompt_name"] == "document"
 
 
+def test_a_query_without_a_prompt_is_one_that_needs_a_task(tiny: Files) -> None:
+    def lacks(**change: Any) -> bool:
+        return lacks_query_prompt(render(CONFIG, replace(CONTRACT, **change), tiny))
+
+    assert lacks(default_task=None)
+    assert not lacks()
+    assert not lacks(default_task=None, query_template="query: {text}")
+    assert not lacks(default_task=None, is_causal=False)  # nothing is there to be loaded
+
+
+@pytest.mark.parametrize("contract", [CONTRACT, MEAN])
+def test_the_first_key_that_is_true_is_the_pooling_mode(tiny: Files, contract: Contract) -> None:
+    """As older releases of vLLM read it."""
+    settings = json.loads(render(CONFIG, contract, tiny)["1_Pooling/config.json"])
+    first = next(key for key, value in settings.items() if value is True)
+    flags = {"lasttoken": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
+    assert first == flags[contract.pooling]
+    assert list(settings)[-1] == "include_prompt"
+
+
+def test_files_with_sorted_keys_still_fit_their_contract(tmp_path: Path, tiny: Files) -> None:
+    directory = write(tmp_path, render(CONFIG, CONTRACT, tiny))
+    path = directory / "1_Pooling" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    check(directory, CONFIG, CONTRACT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"query_template": "query:{text}", "tasks": {}, "default_task": None},
+        {"query_template": "{text}", "eos_token_id": None, "tasks": {}, "default_task": None},
+        {"query_template": "{task} {text}", "tasks": {}, "default_task": None},
+    ],
+)
+def test_a_mean_over_the_same_tokens_gets_all_files(
+    tmp_path: Path, tiny: Files, change: dict[str, Any]
+) -> None:
+    contract = replace(MEAN, **change)
+    files = render(CONFIG, contract, tiny)
+    assert files.keys() > SENTENCE_TRANSFORMERS
+    check(write(tmp_path, files), CONFIG, contract)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query_template": "Instruct: {task}\nQuery: {text}"},
+        {"document_template": "passage: {text}"},
+        {"query_template": "Instruct: {task} {text}", "default_task": None},
+        {"query_template": "Instruct: {task}\n{text}"},  # older releases strip it
+        {"eos_token_id": None},  # older releases take one token off
+    ],
+)
+def test_a_mean_over_other_tokens_gets_the_tokenizer_alone(
+    tmp_path: Path, tiny: Files, change: dict[str, Any]
+) -> None:
+    contract = replace(MEAN, **change)
+    files = render(CONFIG, contract, tiny)
+    assert files.keys() == {"tokenizer.json", "tokenizer_config.json"}
+    check(write(tmp_path, files), CONFIG, contract)
+    assert render(CONFIG, replace(contract, pooling="lasttoken"), tiny).keys() > files.keys()
+
+
+def test_sentence_transformers_files_beside_another_mean_are_refused(
+    tmp_path: Path, tiny: Files
+) -> None:
+    directory = write(tmp_path, render(CONFIG, CONTRACT, tiny))
+    with pytest.raises(
+        BundleError, match=r"modules\.json must not be there: .* take the mean over"
+    ):
+        check(directory, CONFIG, replace(CONTRACT, pooling="mean"))
+
+
 def test_attention_that_stock_code_cannot_compute_gets_the_tokenizer_alone(tiny: Files) -> None:
     files = render(CONFIG, replace(CONTRACT, is_causal=False), tiny)
     assert files.keys() == {"tokenizer.json", "tokenizer_config.json"}
 
 
-@pytest.mark.parametrize("change", [{}, {"pooling": "mean"}, {"is_causal": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"pooling": "mean"},
+        {"pooling": "mean", "query_template": MEAN.query_template},
+        {"is_causal": False},
+    ],
+)
 @pytest.mark.parametrize("eos", [2, None])
 def test_what_was_rendered_fits_its_contract(
     tmp_path: Path, tiny: Files, change: dict[str, Any], eos: int | None
@@ -401,15 +492,13 @@ def test_a_file_that_disagrees_with_the_contract_is_named(
 
 
 def test_every_disagreement_is_listed_at_once(tmp_path: Path, tiny: Files) -> None:
-    directory = write(tmp_path, render(CONFIG, CONTRACT, tiny))
-    changed = replace(
-        CONTRACT, eos_token_id=None, pooling="mean", max_seq_length=64, normalize_embeddings=False
-    )
+    directory = write(tmp_path, render(CONFIG, replace(MEAN, pooling="lasttoken"), tiny))
+    changed = replace(MEAN, bos_token_id=None, max_seq_length=64, normalize_embeddings=False)
     with pytest.raises(BundleError) as caught:
         check(directory, CONFIG, changed)
     for problem in (
         "tokenizer.json has a post_processor that does not add the contract's BOS and EOS",
-        "tokenizer_config.json must have add_eos_token=false, got true",
+        "tokenizer_config.json must have add_bos_token=false, got true",
         "tokenizer_config.json must have model_max_length=64, got 128",
         "modules.json must be",
         "1_Pooling/config.json must have include_prompt=false, got true",
@@ -459,12 +548,12 @@ def test_latent_attention_needs_a_model_that_has_its_weights(tiny: Files) -> Non
         render(latents, replace(pooled, pooling="mean"), tiny)
 
 
-@pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
+@pytest.mark.parametrize("contract", [CONTRACT, MEAN])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_sentence_transformers_gives_the_vectors_of_the_contract(
-    tmp_path: Path, tiny: Files, pooling: str, normalize: bool
+    tmp_path: Path, tiny: Files, contract: Contract, normalize: bool
 ) -> None:
-    contract = replace(CONTRACT, pooling=pooling, normalize_embeddings=normalize)
+    contract = replace(contract, normalize_embeddings=normalize)
     torch.manual_seed(0)
     model = llama_model(llama_config(**config_json(CONFIG, "float32"))).eval()
     model.save_pretrained(tmp_path)
@@ -478,7 +567,7 @@ def test_sentence_transformers_gives_the_vectors_of_the_contract(
         with torch.inference_mode():
             hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
         first = len(prompt_ids) - 1 if prompt else 0  # BOS and the prompt, without its EOS
-        vector = hidden[-1] if pooling == "lasttoken" else hidden[first:].mean(0)
+        vector = hidden[-1] if contract.pooling == "lasttoken" else hidden[first:].mean(0)
         vector = vector / vector.norm() if normalize else vector
         return np.asarray(vector.numpy())
 

@@ -274,6 +274,19 @@ def test_the_self_test_of_rows_sees_a_kernel_that_is_wrong(broken: str) -> None:
     assert cuda_selftest.rows_are_right(plain_rows, "cpu")
 
 
+@pytest.mark.parametrize(
+    "form", [Int8Channel(), BnbInt8(), IntGrouped(4), IntGrouped(8), BnbNf4()], ids=repr
+)
+def test_the_self_test_of_weights_sees_one_that_is_wrong_in_one_format(form: Format) -> None:
+    def spoiled(weight: Tensor, one: Linear) -> None:
+        dequantize_into(weight, one)
+        if one.format == form:
+            weight[3, 5] *= 1.01
+
+    assert not cuda_selftest.weights_are_right(spoiled, "cpu")
+    assert cuda_selftest.weights_are_right(dequantize_into, "cpu")
+
+
 def test_a_wrong_or_missing_product_is_a_backend_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda._checked_product.cache_clear()
     monkeypatch.setattr(cuda_selftest, "int8_is_exact", lambda *_: False)

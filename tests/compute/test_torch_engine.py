@@ -22,7 +22,7 @@ from lowmem.compute.operations.plain import PlainOperations
 from lowmem.compute.plan import Plan
 from lowmem.compute.torch_engine import TorchEngine
 from lowmem.errors import BackendError, CapacityError
-from lowmem.text.batching import EncodedText, pack
+from lowmem.text.batching import EncodedText, arrange, pack
 from tests.models import CONTRACT, LAYERS
 from tests.tolerances import INVARIANCE, ROUNDED_INVARIANCE_FACTOR, gamma
 
@@ -150,6 +150,24 @@ def test_a_streamed_plan_reads_each_layer_once_for_a_window(
     texts = encoded(model)[:5]
     model.embed(texts, normalize=True, batch_size=1)
     assert len(reads) == passes * LAYERS * (7 + 2)
+
+
+def test_prefixes_count_in_a_window(bundle: Bundle) -> None:
+    model = runner(bundle, schedule="streamed", batch_tokens=300, window_tokens=900)
+    texts = [text for number in range(40) for text in instructed(model, f"task {number} " * 5)]
+    batches = arrange(texts, np.arange(len(texts)), 300, shortest_prefix=1)
+    windows = model._windows(batches)
+    assert [batch for window in windows for batch in window] == batches
+    for window in windows:
+        held = {section.prefix.tobytes(): section.prefix for b in window for section in b.sections}
+        tokens = sum(batch.tokens for batch in window) + 2 * sum(map(len, held.values()))
+        assert tokens <= 900 or len(window) == 1
+    assert len(windows) > sum(batch.tokens for batch in batches) / 900 * 2
+
+
+def instructed(model: Runner, task: str) -> list[EncodedText]:
+    prompt = model.contract.prompt("query", task)
+    return model.tokenizer.encode(["a", "the fox"], [prompt] * 2)
 
 
 def test_equal_texts_are_computed_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,10 @@ def moments_of(inputs: Tensor, wanted: Tensor) -> Moments:
     return Moments(inputs.T @ inputs, wanted.T @ inputs)
 
 
+def missing(weight: Tensor, moments: Moments) -> Tensor:
+    return moments.targets - weight @ moments.inputs
+
+
 def lost(inputs: Tensor, wanted: Tensor, weight: Tensor) -> float:
     return float((wanted - inputs @ weight.T).square().sum())
 
@@ -72,10 +76,10 @@ def test_rounding_is_that_of_solving_anew_after_every_input(
     form: Format, inputs: Tensor, weight: Tensor
 ) -> None:
     second_moments = inputs.T @ inputs
-    inverse = ridge_inverse(second_moments)
+    inverse = ridge_inverse(second_moments.clone())
     grid = grid_of(form, IN_FEATURES)
-    values, scales = round_weight(weight.clone(), second_moments.diagonal(), inverse, grid)
     regular = torch.linalg.inv(inverse.double())
+    values, scales = round_weight(weight.clone(), second_moments.diagonal(), inverse, grid)
     expected = obvious_round(weight, regular, scales, grid)
     # Rounding of float32 may put a weight that lies on an edge to its other side.
     assert (values != expected.float()).float().mean() < 0.01
@@ -88,7 +92,7 @@ def test_outputs_lose_less_than_with_each_weight_rounded_by_itself(
     wanted = inputs @ weight.T
     moments = moments_of(inputs, wanted)
     grid = grid_of(form, IN_FEATURES)
-    importance = moments.inputs.diagonal()
+    importance = moments.inputs.diagonal().clone()
     scales = grid.scales(weight, importance).repeat_interleave(grid.group_size, 1)
     nearest = grid.nearest(weight / scales) * scales
     values, own_scales = quantize_outputs(weight, moments, grid)
@@ -102,21 +106,22 @@ def test_least_squares_is_the_ridge_regression_of_the_normal_equations(
     noise = torch.randn(TOKENS, OUT_FEATURES, generator=torch.Generator().manual_seed(2))
     wanted = inputs @ weight.T + noise
     moments = moments_of(inputs, wanted)
-    inverse = ridge_inverse(moments.inputs, 0.1)
+    inverse = ridge_inverse(moments.inputs.clone(), 0.1)
     second = inputs.double().T @ inputs.double()
     floor = second.diagonal().median() * 1e-3
     ridge = 0.1 * torch.diag(second.diagonal().clamp_min(floor))
     # The least of |wanted - x wᵀ|² + (w - weight) ridge (w - weight)ᵀ.
     right = wanted.double().T @ inputs.double() + weight.double() @ ridge
     expected = torch.linalg.solve(second + ridge, right.T).T
-    moved = least_squares(weight, moments, inverse)
+    moved = least_squares(weight, missing(weight, moments), inverse)
     torch.testing.assert_close(moved.double(), expected, rtol=1e-3, atol=1e-3)
     assert lost(inputs, wanted, moved) < lost(inputs, wanted, weight)
 
 
 def test_a_weight_whose_outputs_are_those_wanted_stays(inputs: Tensor, weight: Tensor) -> None:
     moments = moments_of(inputs, inputs @ weight.T)
-    moved = least_squares(weight, moments, ridge_inverse(moments.inputs))
+    left = missing(weight, moments)
+    moved = least_squares(weight, left, ridge_inverse(moments.inputs))
     torch.testing.assert_close(moved, weight, rtol=0, atol=2e-3)
 
 

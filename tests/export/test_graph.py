@@ -423,6 +423,24 @@ def test_formats_say_which_graphs_there_are(
     assert {path.name for path in variant.glob("*.onnx*")} == graphs.keys()
 
 
+@pytest.mark.parametrize(
+    ("contract", "head_dim", "has_graphs"),
+    [(CONTRACT, 24, False), (MEAN, 24, False), (BIDIRECTIONAL, 24, True), (CONTRACT, 48, True)],
+)
+def test_causal_heads_have_graphs_where_onnx_runtime_takes_their_size(
+    tmp_path: Path, contract: Contract, head_dim: int, has_graphs: bool
+) -> None:
+    variant = tiny_checkpoint(tmp_path / "source", head_dim=head_dim).path
+    graphs = write_graphs(variant, contract)
+    assert {path.name for path in variant.glob("*.onnx*")} == graphs.keys()
+    assert bool(graphs) == has_graphs
+    if has_graphs:
+        feeds = pad(texts(), "right")
+        if contract.pooling == "mean":
+            feeds["pooling_mask"] = feeds["attention_mask"]
+        assert np.isfinite(run(session(variant), feeds)).all()
+
+
 def test_mixed_and_foreign_formats_have_no_graph(tmp_path: Path, source: Path) -> None:
     modules = list(module_shapes(Checkpoint(source).config))
     mixed: dict[str, Format] = dict.fromkeys(modules, IntGrouped(4, 32))

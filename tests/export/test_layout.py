@@ -16,6 +16,8 @@ from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGro
 from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.artifact.tensors import DTYPES, RawTensor, read_header
 from lowmem.artifact.weights import module_shapes
+from lowmem.errors import BundleError
+from tests.shapes import SEVEN_B
 
 # Other processes may hold the cores for seconds.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -159,3 +161,12 @@ def test_weights_of_a_pooling_lie_in_16_bits_behind_the_final_norm(form: Format)
     assert behind == list(latents.shapes(128))
     for name, shape in latents.shapes(128).items():
         assert (layout.specs[name].dtype, layout.specs[name].shape) == ("F16", shape)
+
+
+@pytest.mark.parametrize("form", [IntGrouped(), BnbNf4()], ids=repr)
+def test_groups_that_do_not_fill_a_row_are_refused(form: Format) -> None:
+    config = replace(SEVEN_B, intermediate_size=200)
+    formats = dict.fromkeys(module_shapes(config), form)
+    place = "layers.0.mlp.down_proj"
+    with pytest.raises(BundleError, match=rf"group_size=64 and in_features=200 \({place}\)"):
+        lay_out(config, "F16", formats)

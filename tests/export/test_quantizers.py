@@ -307,7 +307,9 @@ def test_groups_that_do_not_fill_a_row_are_refused_with_the_module() -> None:
     )
     with pytest.raises(BundleError) as caught:
         quantize(weight, BnbNf4(), PLACE)
-    assert str(caught.value) == f"NF4 needs in_features divisible by 64, got 96 ({PLACE})"
+    assert str(caught.value) == (
+        f"group_size must divide in_features, got group_size=64 and in_features=96 ({PLACE})"
+    )
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=repr)

@@ -1,6 +1,17 @@
+import hashlib
+import json
+import shutil
+
 import numpy as np
+import pytest
 
 from lowmem import data
+from lowmem.artifact.manifest import Bundle
+from lowmem.cli import export as export_command
+from lowmem.errors import BundleError
+from lowmem.fidelity import parts as parts_module
+from lowmem.fidelity import reference
+from lowmem.fidelity.parts import Parts
 from lowmem.fidelity.reference import Reference
 
 ROWS = tuple(data.Row(str(n), f"text {n}") for n in range(5))
@@ -31,3 +42,101 @@ def test_a_part_counts_its_own_texts_that_were_cut() -> None:
 
 def test_a_part_of_everything_is_the_whole() -> None:
     assert WHOLE.part(range(5)) is WHOLE
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path):
+    """A copy that may be changed."""
+    return Bundle(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Names of the texts whose vectors were computed, which takes no time here."""
+    names = []
+
+    def compute(bundle, name, rows, *_):
+        names.append(name)
+        return made(name, rows)
+
+    monkeypatch.setattr(reference, "compute", compute)
+    return names
+
+
+def made(name, rows=None):
+    rows = data.load(name) if rows is None else rows
+    vectors = zeros(len(rows))
+    digest = hashlib.sha256(reference.npy_bytes(vectors)).hexdigest()
+    return Reference(name, tuple(rows), (5,) * len(rows), 0, vectors, digest)
+
+
+def zeros(texts):
+    return np.zeros((texts, 4), np.float32)
+
+
+def age(bundle, name):
+    """Makes a stored set one of an earlier fp16."""
+    path = bundle.path / "reference" / f"{name}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "artifact_sha256": "0" * 64}))
+
+
+def files(bundle):
+    return sorted(path.name for path in (bundle.path / "reference").iterdir())
+
+
+def test_a_new_set_takes_the_place_of_the_other(bundle):
+    reference.write(bundle, made("probe"))
+    age(bundle, "probe")
+    with pytest.raises(BundleError, match=r"are of another fp16 .*: export again"):
+        reference.stored(bundle)
+    reference.write(bundle, made("quick"))
+    assert files(bundle) == ["quick.json", "quick.npy"]
+    assert reference.stored(bundle).name == "quick"
+    reference.write(bundle, made("probe"))
+    assert files(bundle) == ["probe.json", "probe.npy"]
+
+
+def test_the_other_set_is_there_until_the_new_one_stands(bundle, monkeypatch):
+    reference.write(bundle, made("probe"))
+    monkeypatch.setattr(reference.cache, "replacing", full)
+    with pytest.raises(OSError, match="full"):
+        reference.write(bundle, made("quick"))
+    assert reference.stored(bundle).name == "probe"
+
+
+def full(path):
+    raise OSError("full")
+
+
+def test_an_export_where_probe_is_slow_keeps_a_probe_that_is_there(bundle, computed, monkeypatch):
+    monkeypatch.setattr(reference, "built_in_texts", lambda config: "quick")
+    reference.write(bundle, made("probe"))
+    export_command._write_reference(bundle, "auto")
+    assert (computed, files(bundle)) == ([], ["probe.json", "probe.npy"])
+    age(bundle, "probe")
+    export_command._write_reference(bundle, "auto")
+    assert (computed, files(bundle)) == (["quick"], ["quick.json", "quick.npy"])
+
+
+def test_an_export_makes_the_texts_that_are_asked_for(bundle, computed, monkeypatch):
+    monkeypatch.setattr(reference, "built_in_texts", lambda config: "probe")
+    for wanted, name in (("probe", "probe"), ("quick", "quick"), ("auto", "probe")):
+        export_command._write_reference(bundle, wanted)
+        export_command._write_reference(bundle, wanted)
+        assert reference.stored(bundle).name == name
+    assert computed == ["probe", "quick", "probe"]
+
+
+def test_own_texts_are_computed_once_by_each_version(bundle, computed, monkeypatch):
+    def own():
+        return reference.of_own_texts(bundle, "mine.txt", ROWS, 1, Parts())
+
+    assert own().vectors.tolist() == own().vectors.tolist() == zeros(len(ROWS)).tolist()
+    assert len(computed) == 1
+    monkeypatch.setattr(parts_module, "package_versions", lambda: {"torch": "another"})
+    own()
+    assert len(computed) == 2
+    monkeypatch.setattr(parts_module, "_code_sha256", lambda: "edited")
+    own()
+    own()
+    assert len(computed) == 3

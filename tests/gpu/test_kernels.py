@@ -225,3 +225,7 @@ def test_int8_products_are_scaled_by_row_and_channel(
 
 def test_the_self_test_of_rows_passes() -> None:
     assert cuda_selftest.rows_are_right(triton_rows, DEVICE)
+
+
+def test_the_self_test_of_weights_passes() -> None:
+    assert cuda_selftest.weights_are_right(triton_dequantize.dequantize_into, DEVICE)

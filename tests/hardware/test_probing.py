@@ -251,8 +251,11 @@ def test_probe_reads_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     features = ("avx2", "avx512_bf16", "avx512_vnni", "avx512f")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
     expected = Hardware("AMD EPYC 9R14", 3, features, 16 * GIB, 12 * GIB, (RTX_3060,))
     assert probe(tree(tmp_path, {})) == expected
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # as nvidia-smi lists them
 
 
 def test_probe_asks_for_the_fields_it_reads(

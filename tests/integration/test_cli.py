@@ -17,6 +17,7 @@ from tests.models import CONTRACT, TEXTS, tiny_checkpoint
 from tests.tolerances import INVARIANCE_DISTANCE
 
 FP32 = ("--engine", "torch", "--compute", "fp32")
+SOURCE = ("BUNDLE/fp16", "--contract", "linq")
 
 
 def lowmem(*arguments, status=0):
@@ -394,6 +395,12 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
         (
             ("export", "BUNDLE/fp16", "new", "--variants", "int8", "--bits", "6"),
             "--bits needs int4 among the variants",
+        ),
+        (("export", *SOURCE, "new", "--max-memory", "much"), "--max-memory must be a size such as"),
+        (("export", *SOURCE, "new", "--max-memory", "90M"), "reference vectors may need"),
+        (
+            ("export", *SOURCE, "new", "--max-memory", "90M", "--reference-texts", "none"),
+            "of memory, 90 MiB are allowed",
         ),
         (("check", "BUNDLE", "--answers", "x" * 300), "is neither"),
         (("check", "BUNDLE"), "does not say which known model it holds"),

@@ -35,6 +35,13 @@ def test_a_variant_that_is_there_is_checked_and_left(checkpoint: Path, bundle: P
         write_bundle(checkpoint, bundle, ["int8", "int4"])
 
 
+def test_a_variant_that_can_have_no_graphs_lacks_none(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "source", head_dim=24).path
+    for _ in range(2):
+        manifest = write_bundle(checkpoint, tmp_path / "bundle", ["int8"], onnx=True)
+        assert manifest.variants["int8"].graphs == {}
+
+
 def test_a_variant_of_another_recipe_is_replaced_only_by_force(
     checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

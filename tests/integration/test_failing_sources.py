@@ -16,6 +16,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.tensors import read_header
 from lowmem.artifact.variants import VARIANTS
 from lowmem.errors import BundleError
+from tests.bidirectional import tiny_nvembed
 from tests.bundles import assert_nothing_in, tree, write_bundle
 from tests.models import CONTRACT, tiny_checkpoint
 
@@ -50,6 +51,19 @@ def test_a_weight_that_float16_cannot_hold_is_one_error_and_no_bundle(tmp_path: 
     assert str(caught.value) == (
         "a weight must be finite and fit float16 (layers.0.self_attn.o_proj)"
     )
+    assert_nothing_in(tmp_path / "bundle")
+
+
+def test_a_shard_with_the_name_of_a_file_of_ours_is_refused_and_stays(tmp_path: Path) -> None:
+    checkpoint = tiny_nvembed(tmp_path / "source", shards=2)
+    path, name = checkpoint.path, "latent_attention.safetensors"
+    (path / "model-00002-of-00002.safetensors").rename(path / name)
+    index = path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00002.safetensors", name))
+    before = tree(path)
+    with pytest.raises(BundleError, match=f"a shard may not be called {name}"):
+        write_bundle(path, tmp_path / "bundle", ["fp16"], contract=checkpoint.contract, onnx=True)
+    assert tree(path) == before
     assert_nothing_in(tmp_path / "bundle")
 
 

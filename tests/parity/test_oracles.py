@@ -228,6 +228,26 @@ def test_sentence_transformers_gives_our_vectors(exported: Exported, variant: st
     np.testing.assert_allclose(similarity, queries @ documents.T, atol=PARITY_COSINE)
 
 
+def test_sentence_transformers_takes_the_mean_that_we_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
+    source = open_source(tiny_checkpoint(tmp_path / "source", layers=2).path)
+    template = CONTRACT.query_template.replace(" {text}", "{text}")
+    contract = replace(CONTRACT, pooling="mean", query_template=template)
+    export(source, tmp_path / "bundle", contract, variants=["fp16"], onnx=False)
+    exported = Exported(Bundle(tmp_path / "bundle"))
+    model = SentenceTransformer(
+        str(exported.bundle.directory("fp16")),
+        device="cpu",
+        model_kwargs={"dtype": torch.float32},
+    )
+    for name in ("document", "query"):
+        expected = exported.ours("fp16", input_type=name, normalize=True)
+        found = model.encode(list(TEXTS), prompt_name=name)
+        assert distance(found, expected) < PARITY_HIDDEN_STATES
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_autotokenizer_gives_our_ids(exported: Exported, variant: str) -> None:
     directory = exported.bundle.directory(variant)

@@ -29,12 +29,22 @@ def test_onnxruntime_packs_codes_and_maps_16_bit_weights():
     assert packed > 0.9 * SEVEN_B.linear_weights
 
 
+def test_onnxruntime_holds_the_scores_of_attention_to_all_tokens():
+    plan = Plan("int8", "onnxruntime", "cpu", "int8", "resident")
+    formats = formats_for("int8", SEVEN_B, "F16")
+    bidirectional = replace(SEVEN_B, is_stock=False)
+    more = memory.predict(plan, bidirectional, "F16", formats)[0]
+    less = memory.predict(plan, SEVEN_B, "F16", formats)[0]
+    scores = 4 * SEVEN_B.num_attention_heads * plan.batch_tokens**2
+    assert scores / 2 < more - less < 1.2 * scores
+
+
 def with_latents(plan, variant):
     latents = LatentAttentionConfig(512, 8, 4096)
     nv_embed = replace(SEVEN_B, is_stock=False, latent_attention=latents)
     formats = formats_for(variant, SEVEN_B, "F16")
     more = memory.predict(plan, nv_embed, "F16", formats)
-    less = memory.predict(plan, SEVEN_B, "F16", formats)
+    less = memory.predict(plan, replace(SEVEN_B, is_stock=False), "F16", formats)
     return more[0] - less[0], more[1] - less[1]
 
 

@@ -5,9 +5,11 @@ import errno
 import json
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -17,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from lowmem.compute.engine import unit_length
 from lowmem.data import Row
 from lowmem.errors import BackendError, CapacityError, InputError
-from lowmem.text.writing import check_output, write_vectors
+from lowmem.text.writing import check_output, check_room, write_vectors
 
 ROWS = [Row("a", "x"), Row('b"\u2028', "y"), Row("3", "z")]
 VECTORS = np.array([[0.1, -1e-8], [1.0, 3.4e38], [1 / 3, 0.0]], np.float32)
@@ -215,3 +218,23 @@ def test_an_interrupt_leaves_no_temporary_file(
     with pytest.raises(KeyboardInterrupt):
         write_vectors(tmp_path / "out.npy", ROWS, VECTORS)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("suffix", "bytes_each"), [(".npy", 4), (".parquet", 4), (".jsonl", 14)])
+def test_an_output_that_the_disk_has_no_room_for_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, bytes_each: int
+) -> None:
+    needed = 10 * 8 * bytes_each
+    usage = SimpleNamespace(free=needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    check_room(tmp_path / f"out{suffix}", 10, 8)
+    usage.free -= 1
+    with pytest.raises(CapacityError, match=f"needs about {needed} bytes of disk, {needed - 1}"):
+        check_room(tmp_path / f"out{suffix}", 10, 8)
+
+
+def test_a_row_of_jsonl_takes_about_what_is_reserved_for_it(tmp_path: Path) -> None:
+    vectors = unit_length(np.random.default_rng(0).standard_normal((50, 4096)).astype(np.float32))
+    rows = [Row(str(number), "text") for number in range(50)]
+    write_vectors(tmp_path / "out.jsonl", rows, vectors)
+    assert 0.9 < (tmp_path / "out.jsonl").stat().st_size / (vectors.size * 14) < 1.05

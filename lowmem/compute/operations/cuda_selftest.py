@@ -9,16 +9,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lowmem.artifact.formats import BnbInt8, BnbNf4, Int8Channel, IntGrouped
+from lowmem.artifact.tensors import DTYPES, RawTensor
+from lowmem.artifact.weights import LinearWeights
 from lowmem.compute.kernels import plain_rows
 from lowmem.compute.kernels.rows import RowKernels, Rows
-from lowmem.compute.operations.cuda_products import CodesProduct
+from lowmem.compute.operations.cuda_products import CodesProduct, Dequantize
+from lowmem.compute.operations.dequantize import dequantize_into
+from lowmem.compute.operations.linear import Linear, to_torch
 
 # (rows, outputs, inputs): one row, no multiple of any tile, more than one tile of each. Two sums of
 # 127 * 128 over these inputs stay below 2^24, so float32 holds every one of them.
 _SHAPES = ((1, 16, 32), (37, 136, 272), (300, 272, 496))
+# The formats that a kernel turns into weights, and a shape that is no multiple of its block.
+_STORED = (Int8Channel(), BnbInt8(), IntGrouped(4), IntGrouped(8), BnbNf4())
+_STORED_SHAPE = (50, 192)
 # Sums of fp8 products may be taken in 14 bits, and results are rounded to bf16.
 _FP8_ERROR = 2.0**-7
 
@@ -97,6 +106,31 @@ def rows_are_right(kernels: RowKernels, device: str) -> bool:
         expected_heads = plain_rows.rotate(heads, angles.cos(), angles.sin())
         if not _is_near(turned, expected_heads, 2.0**-20):
             return False
+    return True
+
+
+def weights_are_right(dequantize: Dequantize, device: str) -> bool:
+    """Whether every stored format becomes the weight that it does in the plain form, to the bit."""
+    random = np.random.default_rng(0)
+    rows, columns = _STORED_SHAPE
+    for form in _STORED:
+        tensors = {}
+        for suffix, spec in form.specs(rows, columns).items():
+            if spec.dtype in ("F16", "F32"):  # scales
+                values = 0.01 * np.exp(2 * random.standard_normal(spec.shape))
+                array = values.astype(DTYPES[spec.dtype])
+            else:
+                array = np.frombuffer(random.bytes(spec.nbytes), DTYPES[spec.dtype])
+                array = array.reshape(spec.shape).copy()
+            tensors[suffix] = RawTensor(spec.dtype, array)
+        weights = LinearWeights(form, rows, columns, tensors)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            expected = torch.empty(rows, columns, dtype=dtype)
+            dequantize_into(expected, Linear.load(weights, to_torch))
+            got = torch.empty(rows, columns, dtype=dtype, device=device)
+            dequantize(got, Linear.load(weights, lambda raw: to_torch(raw, device)))
+            if not torch.equal(got.cpu(), expected):
+                return False
     return True
 
 

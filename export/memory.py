@@ -1,0 +1,70 @@
+"""What an export may hold in memory, by the model's shape: an upper bound, not an estimate.
+
+It is what the process itself holds (RssAnon + RssShmem). Hidden states of calibration texts lie in
+scratch files, whose pages the system takes back.
+"""
+
+from __future__ import annotations
+
+from export.hidden_states import STAGES
+from export.sources import Source
+from lowmem.artifact.config import ModelConfig
+from lowmem.errors import CapacityError
+
+MIB = 2**20
+# Interpreter and libraries, and what the heap keeps of blocks that are too small to be given back.
+_LIBRARIES_BYTES = 300 * MIB
+_FLOAT32, _HALF = 4, 2
+# Calibration takes so many tokens at a time, or one longer text.
+_BATCH_TOKENS = 4096
+
+
+def check_memory(source: Source, most_bytes: int, *, is_calibrated: bool) -> None:
+    """Refuses an export that might hold more than it may.
+
+    Raises:
+        CapacityError: It might.
+    """
+    config, dtype = source.config, source.dtype
+    needed = peak_bytes(config, dtype, is_calibrated=is_calibrated)
+    if needed <= most_bytes:
+        return
+    less = peak_bytes(config, dtype, is_calibrated=False)
+    way_out = ""
+    if is_calibrated and less <= most_bytes:
+        way_out = f"; --calibration none needs {less // MIB} MiB"
+    raise CapacityError(
+        f"the export may need {needed // MIB} MiB of memory, {most_bytes // MIB} MiB are "
+        f"allowed{way_out}"
+    )
+
+
+def peak_bytes(config: ModelConfig, source_dtype: str, *, is_calibrated: bool) -> int:
+    """Most bytes that an export of any variants holds.
+
+    Args:
+        config: The model's shape.
+        source_dtype: Of the source's tensors: F16, BF16 or F32.
+        is_calibrated: Whether texts steer a quantizer.
+    """
+    # A tensor as it is read, and in 16 bits where it is not.
+    read = _HALF if source_dtype != "F32" else _FLOAT32 + _HALF
+    shapes = config.linears()
+    largest = max(rows * columns for rows, columns in shapes.values())
+    # One tensor at work, one read ahead and one that is let go; codes as parts and in one piece.
+    alone = 3 * read * max(largest, config.vocab_size * config.hidden_size // 2) + 4 * largest
+    if not is_calibrated:
+        return _LIBRARIES_BYTES + alone
+    layer = read * sum(rows * columns for rows, columns in shapes.values())
+    inner = max(config.intermediate_size, config.query_size + 2 * config.key_value_size)
+    batch = _BATCH_TOKENS * (3 * inner + 2 * config.hidden_size)
+    stage = 0
+    for linears in STAGES:
+        rows = sum(shapes[name][0] for name in linears)
+        columns = shapes[linears[0]][1]
+        # The moments and what replaces them; the weights, what they miss, moved, and in an order.
+        fitted = 2 * columns * columns + 5 * rows * columns
+        # Before that the moments are summed up, and behind it the states go on.
+        passed = columns * columns + 2 * rows * columns + batch
+        stage = max(stage, fitted, passed)
+    return _LIBRARIES_BYTES + max(alone, layer + _FLOAT32 * stage)
