@@ -6,6 +6,7 @@ every variant is journaled, and an export that goes on after a killed one does n
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -84,10 +85,7 @@ def write_groups(
                 _write_layer(layer, jobs, writers, calibration, config, is_finished=is_finished)
             else:
                 for name in group:
-                    raw = next(tensors)
-                    for job in jobs:
-                        if job.file in writers:
-                            _write_tensor(name, raw, job, writers[job.file])
+                    _write_in_all(name, next(tensors), jobs, writers)
             identity.check()
             if not is_finished:
                 if recording is not None:
@@ -161,6 +159,15 @@ def _write_layer(
                 _write_tensor(f"layers.{layer.index}.{name}.weight", weight, job, writer)
 
 
+def _write_in_all(
+    name: str, raw: RawTensor, jobs: Sequence[Job], writers: Mapping[str, TensorWriter]
+) -> None:
+    """Writes a tensor of the source in every variant that has a file of its own."""
+    for job in jobs:
+        if job.file in writers:
+            _write_tensor(name, raw, job, writers[job.file])
+
+
 def _write_tensor(name: str, raw: RawTensor, job: Job, writer: TensorWriter) -> None:
     """Writes a tensor of the source in a variant's format, by itself alone."""
     module = name.removesuffix(".weight")
@@ -175,13 +182,18 @@ def _write_tensor(name: str, raw: RawTensor, job: Job, writer: TensorWriter) -> 
 def _read_ahead(
     source: Source, names: Sequence[str], dtype: str
 ) -> Generator[RawTensor, None, None]:
-    """The tensors of these names, each read while the one before it is worked on."""
+    """The tensors of these names, each read while the one before it is worked on.
+
+    Nothing here keeps one that has been given.
+    """
     with ThreadPoolExecutor(max_workers=1) as reader:
-        reading = (reader.submit(read_tensor, source, name, dtype) for name in names)
-        coming = next(reading, None)
-        while coming is not None:
-            raw, coming = coming.result(), next(reading, None)
-            yield raw
+        reading: deque[Future[RawTensor]] = deque()
+        for name in names:
+            reading.append(reader.submit(read_tensor, source, name, dtype))
+            if len(reading) > 1:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
 
 
 def read_layer(source: Source, index: int, dtype: str) -> LayerWeights:

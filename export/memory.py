@@ -13,7 +13,7 @@ from lowmem.errors import CapacityError
 
 MIB = 2**20
 # Interpreter and libraries, and what the heap keeps of blocks that are too small to be given back.
-_LIBRARIES_BYTES = 300 * MIB
+_LIBRARIES_BYTES = 400 * MIB
 _FLOAT32, _HALF = 4, 2
 # Calibration takes so many tokens at a time, or one longer text.
 _BATCH_TOKENS = 4096
