@@ -267,6 +267,21 @@ class BrokenRows:
         return function(first.clone().index_fill_(0, torch.tensor(2), 0.5), *rest)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_rows_are_rounded_alike_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    states = noise(7, 48)
+    whole = plain_rows.round_rows(states, dtype, 2)
+    monkeypatch.setattr(plain_rows, "_BLOCK_ELEMENTS", 100)
+    parts = plain_rows.round_rows(states, dtype, 2)
+    assert torch.equal(parts.values.float(), whole.values.float())
+    assert parts.scales is not None
+    assert whole.scales is not None
+    assert torch.equal(parts.scales, whole.scales)
+    assert len(parts.values) == 7 + 2
+
+
 @pytest.mark.parametrize("broken", ["normalize", "gate", "round_rows", "rotate"])
 def test_the_self_test_of_rows_sees_a_kernel_that_is_wrong(broken: str) -> None:
     kernels: Any = BrokenRows(broken)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem.compute.decoder import Rotation, rms_norm
 from lowmem.compute.kernels.rows import LARGEST_CODE, Rows
+
+_BLOCK_ELEMENTS = 2**22  # enough to occupy a card
 
 
 def normalize(
@@ -26,20 +30,33 @@ def round_rows(states: Tensor, dtype: torch.dtype, exact_rows: int = 0) -> Rows:
     """Rows rounded to ``dtype``, and behind them what that left of the exact ones."""
     if dtype not in LARGEST_CODE:
         return Rows(states.to(dtype), None, len(states))
-    states = states.float()
-    codes, scales = _round(states, dtype)
+    parts = [_round(block.float(), dtype) for block in states.split(_block_rows(states))]
+    codes, scales = (_joined(pieces) for pieces in zip(*parts, strict=True))
     if exact_rows:
-        left = states[:exact_rows] - codes[:exact_rows].float() * scales[:exact_rows, None]
+        left = states[:exact_rows].float() - codes[:exact_rows].float() * scales[:exact_rows, None]
         more_codes, more_scales = _round(left, dtype)
-        # torch does not concatenate 8-bit floats; their bytes it does.
-        codes = torch.cat([codes.view(torch.int8), more_codes.view(torch.int8)]).view(dtype)
-        scales = torch.cat([scales, more_scales])
+        codes, scales = _joined((codes, more_codes)), _joined((scales, more_scales))
     return Rows(codes, scales, len(states))
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions."""
     return Rotation(cos, sin).apply(heads)
+
+
+def _block_rows(states: Tensor) -> int:
+    """Rows at a time: float32 copies of a whole weight would be many times what it takes stored."""
+    return max(1, _BLOCK_ELEMENTS // max(1, states.shape[1]))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    # torch does not concatenate 8-bit floats; their bytes it does.
+    dtype = parts[0].dtype
+    is_byte = dtype.itemsize == 1
+    joined = torch.cat([part.view(torch.int8) if is_byte else part for part in parts])
+    return joined.view(dtype)
 
 
 def _round(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
