@@ -13,10 +13,12 @@ from pathlib import Path
 from export import licences
 from export.sources.huggingface import (
     CARD,
+    MODULES,
     TOKENIZER,
     TOKENIZER_FILES,
     HuggingFaceDirectory,
     card_licence,
+    refuse_modules,
     refuse_quantized,
 )
 from lowmem import hub
@@ -57,12 +59,13 @@ def open_hub_model(
     listing = hub.listing(model)
     _check_files(model, listing.sizes)
     pinned = HubModel(model.name, listing.commit)
-    for file in (CARD, _CONFIG):
+    for file in (CARD, MODULES, _CONFIG):
         if file in listing.sizes:
             path = hub.fetch(pinned, file)
     directory = path.parent
     licences.check(card_licence(directory / CARD), accepts_licence, model.name)
     refuse_quantized(directory)
+    refuse_modules(directory)
     parse_config(strict_json.read_object(path), str(path))
     small = [file for file in listing.sizes if file in TOKENIZER_FILES or _MODULES.fullmatch(file)]
     if SINGLE_FILE in listing.sizes:

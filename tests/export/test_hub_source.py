@@ -25,6 +25,7 @@ from tests.models import CONTRACT, tiny_checkpoint
 NAME = "someone/tiny-embedder"
 CARD = "---\nlicense: mit\n---\n"
 CHUNK_BYTES = 2**14
+FIRST = {"README.md", "modules.json", "config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_a_licence_that_may_forbid_a_use_is_asked_about_before_weights_come(
         f"the licence of {NAME}, '{named}', may not permit every use: read it, and accept it "
         f"with --accept-licence '{named}'"
     )
-    assert hub.got() == {"README.md", "config.json"}
+    assert hub.got() == FIRST
     assert open_source(NAME, accepts_licence=lambda name: name == named).licence == named
 
 
@@ -215,7 +216,16 @@ def test_a_model_that_is_not_exported_is_refused_before_its_weights_come(
     (own / "config.json").write_text(json.dumps(value | config))
     with pytest.raises(error, match=message):
         open_source(NAME)
-    assert hub.got() == {"README.md", "config.json"}
+    assert hub.got() == FIRST
+
+
+def test_a_module_that_is_not_computed_is_refused_before_the_weights_come(
+    hub: Hub, own: Path
+) -> None:
+    (own / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
+    with pytest.raises(BundleError, match=r"got the module 'sentence_transformers\.models\.Dense'"):
+        open_source(NAME)
+    assert hub.got() == FIRST
 
 
 @pytest.mark.parametrize(
@@ -333,7 +343,8 @@ def test_a_disk_without_room_is_found_before_the_weights_come(
     hub: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-    needed = sum((checkpoint / name).stat().st_size for name in NEEDED)
+    left = {*NEEDED} - {"modules.json"}  # which comes first, to be refused before the weights
+    needed = sum((checkpoint / name).stat().st_size for name in left)
     with pytest.raises(CapacityError, match=f"needs {needed} bytes of disk, 10000 are free"):
         open_source(NAME)
     assert not any(name.endswith(".safetensors") for name in hub.got())
