@@ -89,7 +89,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     path: Path
     offset: int
-    version: tuple[int, ...] | None = None
+    version: tuple[int, int] | None = None
 
     @property
     def spec(self) -> TensorSpec:
@@ -286,10 +286,10 @@ def some_names(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(ordered[:most]) + more
 
 
-def _version(file: io.FileIO) -> tuple[int, ...]:
-    """What differs between an open file and any other, and any that was written since."""
+def _version(file: io.FileIO) -> tuple[int, int]:
+    """Size and time of a file: on some file systems its inode changes while it does not."""
     status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _offsets(entry: Any) -> tuple[int, int]:
