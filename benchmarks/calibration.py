@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memory import peak_of
-from random_checkpoint import SHAPES, write_checkpoint
+from random_checkpoint import SHAPES, ensure_checkpoint
 from record import RESULTS, head, measure_missing, resume
 
 from lowmem import data
@@ -36,27 +36,20 @@ class Layer:
     """The checkpoint of one layer, and what is measured with it."""
 
     def __init__(self, directory: Path, shape: str) -> None:
+        """Writes the checkpoint unless it is there."""
         self.directory = directory
-        self.config = replace(SHAPES[shape], num_hidden_layers=1)
         self.source = directory / "checkpoint"
+        config = replace(SHAPES[shape], num_hidden_layers=1)
+        ensure_checkpoint(self.source, config, shards=1)
 
     def steps(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Every export by name; the one before it warms the page cache."""
-        self.write()
+        """Every export by name; the checkpoint must be there. The first warms the page cache."""
         amounts = (("warm-up", 0), ("none", 0), ("few", FEW_TOKENS), ("many", MANY_TOKENS))
         return {
             f"{variant}-{name}": partial(self.export, variant, tokens)
             for variant in VARIANTS
             for name, tokens in amounts
         }
-
-    def write(self) -> None:
-        """Writes the checkpoint unless it is there."""
-        if not self.source.exists():
-            new = self.source.with_name("checkpoint-new")
-            shutil.rmtree(new, ignore_errors=True)
-            write_checkpoint(new, self.config, shards=1)
-            new.rename(self.source)
 
     def export(self, variant: str, tokens: int) -> dict[str, Any]:
         """One variant, calibrated with so many tokens; with none by the weights alone."""

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from random_checkpoint import SHAPES, write_checkpoint
+from random_checkpoint import SHAPES, ensure_checkpoint
 from record import head, write
 
 from lowmem import hardware
@@ -60,8 +60,7 @@ def read_bytes_of_children() -> int:
 def export_peak(directory: Path) -> dict[str, float | int]:
     """Writes the checkpoint, and exports all variants, graphs and the reference, data-free."""
     source, bundle = directory / "checkpoint", directory / "bundle"
-    if not source.exists():
-        write_checkpoint(source, SHAPES["2b"])
+    ensure_checkpoint(source, SHAPES["2b"])
     shutil.rmtree(bundle, ignore_errors=True)
     contract = ("--contract", source / "contract.json", "--reference-texts", "quick")
     return peak_of("export", source, bundle, *contract, "--calibration", "none")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,15 @@ CONTRACT = Contract(
     default_task="NQ",
 )
 _OUTLIERS, _OUTLIER_GAIN = 8, 8.0
+
+
+def ensure_checkpoint(directory: Path, config: ModelConfig, shards: int = 3) -> None:
+    """Writes a checkpoint unless it is there; one that is there is whole."""
+    if not directory.exists():
+        new = directory.with_name(f"{directory.name}-new")
+        shutil.rmtree(new, ignore_errors=True)
+        write_checkpoint(new, config, shards)
+        new.rename(directory)
 
 
 def write_checkpoint(directory: Path, config: ModelConfig, shards: int = 3, seed: int = 0) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from memory import peak_of, read_bytes_of_children
-from random_checkpoint import SHAPES, write_checkpoint
+from random_checkpoint import SHAPES, ensure_checkpoint
 from record import RESULTS, ROOT, head, measure_missing, resume
 
 from lowmem import data, hardware
@@ -126,11 +126,7 @@ class Site:
 
     def checkpoint(self) -> Measured:
         """The source, which is written unless it is there."""
-        if not self.source.exists():
-            new = self.source.with_name("checkpoint-new")
-            shutil.rmtree(new, ignore_errors=True)
-            write_checkpoint(new, SHAPES[self.shape], SHARDS)
-            new.rename(self.source)
+        ensure_checkpoint(self.source, SHAPES[self.shape], SHARDS)
         shards = list(self.source.glob("*.safetensors"))
         return {"shards": len(shards), "bytes": sum(shard.stat().st_size for shard in shards)}
 

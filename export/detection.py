@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from export.sources.huggingface import POOLING, pooling_modes
 from lowmem.artifact import strict_json
 from lowmem.artifact.models import known_models
 
@@ -59,8 +60,8 @@ def _by_files(path: Path) -> tuple[str, ...]:
         return ()
     if "modeling_gritlm7b." in json.dumps(config.get("auto_map")):
         return ("gritlm",)
-    pooling = _object(path / "1_Pooling" / "config.json")
-    if pooling and pooling.get("pooling_mode_lasttoken") is not True:
+    pooling = _object(path / POOLING)
+    if pooling and "lasttoken" not in pooling_modes(pooling):
         return ()
     prompts = _object(path / "config_sentence_transformers.json").get("prompts")
     if isinstance(prompts, dict) and set(prompts) == _E5_PROMPTS:

@@ -16,6 +16,7 @@ from typing import Any
 from export import licences
 from export.allocation import Effects, allocate, pooled_effects, some_texts
 from export.calibration import Calibration
+from export.disagreements import pooling_disagreement, tokenizer_disagreement
 from export.graph import graphs_of
 from export.groups import read_tensor, write_groups
 from export.identity import SourceIdentity
@@ -24,7 +25,6 @@ from export.layout import lay_out
 from export.linking import links
 from export.memory import check_memory
 from export.sources import Source
-from export.special_tokens import disagreement, pooling_disagreement
 from export.variant_files import check_linked, finish, link_shards, write_small_files
 from export.workspace import Workspace
 from lowmem import data
@@ -148,7 +148,7 @@ def export(
             workspace.clear()
             return old
 
-        if problem := disagreement(tokenizer_files, contract):
+        if problem := tokenizer_disagreement(tokenizer_files, contract):
             logger.warning(
                 "%s: %s; the bundle follows its contract, and so do the tokenizers in it",
                 source.name,
@@ -216,13 +216,15 @@ def _check_existing(
     bundle: Path, old: Manifest, name: str, recipe: Mapping[str, Any], onnx: bool
 ) -> None:
     there = old.variants[name]
-    directory = Bundle(bundle).directory(name)
-    lacks_graphs = onnx and not there.graphs and graphs_of(Checkpoint(directory), old.contract)
-    if there.recipe != recipe or lacks_graphs:
-        raise InputError(
-            f"{bundle} already has a variant {name} that was made otherwise: --force replaces it"
-        )
-    Bundle(bundle).check(name)
+    refusal = InputError(
+        f"{bundle} already has a variant {name} that was made otherwise: --force replaces it"
+    )
+    if there.recipe != recipe:
+        raise refusal
+    opened = Bundle(bundle)
+    opened.check(name)
+    if onnx and not there.graphs and graphs_of(Checkpoint(opened.directory(name)), old.contract):
+        raise refusal
 
 
 def _calibration(

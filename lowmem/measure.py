@@ -32,8 +32,13 @@ from lowmem.data import Row
 from lowmem.errors import BackendError, LowmemError
 
 PACKAGES = (
-    *("lowmem", "numpy", "tokenizers", "torch", "triton"),
-    *("onnxruntime", "onnxruntime-gpu"),
+    "lowmem",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tokenizers",
+    "torch",
+    "triton",
 )
 _ROW_KEYS = tuple(one.name for one in fields(Row))  # a row of a file knows its line besides
 _SAMPLE_SECONDS = 0.005

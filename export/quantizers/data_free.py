@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.quantizers.grids import check_groups, nf4_codes, pack
+from export.layout import check_groups
+from export.quantizers.grids import nf4_codes, pack
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped
 from lowmem.artifact.formats import bnb_nf4 as nf4_layout
 from lowmem.artifact.tensors import RawTensor
@@ -49,16 +50,15 @@ def quantize(weight: Tensor, form: Format, place: str) -> dict[str, RawTensor]:
         BundleError: The weight holds NaN or infinity, or a shape or scale that the format cannot
             hold.
     """
+    check_groups(form, weight.shape[1], place)
     if isinstance(form, Int8Channel):
         return _by_rows(weight, int8_channel, place)
     if isinstance(form, BnbInt8):
         return _by_rows(weight, bnb_int8, place)
     if isinstance(form, IntGrouped):
-        check_groups(form, weight.shape[1], place)
         bits, size = form.bits, form.group_size
         return _by_rows(weight, lambda block: int_grouped(block, bits, size), place)
     if isinstance(form, BnbNf4):
-        check_groups(form, weight.shape[1], place)
         size = form.group_size
         return _by_rows(weight, lambda block: bnb_nf4(block, size), place)
     raise AssertionError(form)

@@ -79,19 +79,6 @@ class Grid:
         return best[..., 0]
 
 
-def check_groups(form: Format, in_features: int, place: str) -> None:
-    """Checks that the groups of a format fill the rows of a linear.
-
-    Raises:
-        BundleError: They do not.
-    """
-    if isinstance(form, IntGrouped | BnbNf4) and in_features % form.group_size:
-        raise BundleError(
-            f"group_size must divide in_features, got group_size={form.group_size} and "
-            f"in_features={in_features} ({place})"
-        )
-
-
 def grid_of(form: Format, in_features: int) -> Grid:
     """The values of a quantized format."""
     if isinstance(form, IntGrouped):

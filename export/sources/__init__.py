@@ -46,6 +46,13 @@ class Source(Protocol):
         """The licence that the source names, or None."""
 
     @property
+    def pooling_modes(self) -> tuple[str, ...]:
+        """What its own files pool by, in sentence-transformers' words; none where they do not say.
+
+        ``lasttoken``, ``mean``, ``cls`` and others.
+        """
+
+    @property
     def shards(self) -> tuple[Path, ...] | None:
         """safetensors files that a variant can hold as they are.
 

@@ -86,6 +86,7 @@ class GgufFile:
         self.name = path.name
         self.config = _config(metadata, path)
         licence = metadata.get("general.license")
+        self.pooling_modes: tuple[str, ...] = ()
         self.licence = licence if isinstance(licence, str) else None
         self._blocks = _known_blocks(self._gguf, {tensor.type for tensor in tensors.values()})
         self._tensors = self._checked(tensors)

@@ -7,7 +7,9 @@ what an export needs besides: a single dtype, the licence, the tokenizer and the
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import NORMS, ModelConfig
@@ -65,7 +67,10 @@ class HuggingFaceDirectory:
         self.name = name or directory.resolve().name
         self.revision = revision
         self.licence = card_licence(directory / CARD)
-        self.pooling_modes = _pooling_modes(directory)
+        pooling = directory / POOLING
+        self.pooling_modes = (
+            pooling_modes(strict_json.read_object(pooling)) if pooling.is_file() else ()
+        )
         dtypes = {self._checkpoint.tensors[name].dtype for name in _names(self.config)}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
 
@@ -158,13 +163,14 @@ def refuse_modules(directory: Path) -> None:
         )
 
 
-def _pooling_modes(directory: Path) -> tuple[str, ...]:
-    """What ``1_Pooling/config.json`` pools by, in sentence-transformers' words; none without it.
+def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the configuration of a pooling says, in sentence-transformers' words.
 
     Newer files name the modes under ``pooling_mode``; older ones have a flag for each.
+
+    Args:
+        config: The object in ``1_Pooling/config.json``.
     """
-    path = directory / POOLING
-    config = strict_json.read_object(path) if path.is_file() else {}
     if "pooling_mode" in config:
         named = config["pooling_mode"]
         return tuple(map(str, named)) if isinstance(named, list) else (str(named),)

@@ -20,9 +20,9 @@ ARCHITECTURES = {
     "llama": ("LlamaModel", "LlamaForCausalLM"),
     "mistral": ("MistralModel", "MistralForCausalLM"),
 }
+_STOCK_WINDOWS = {"mistral": 4096}  # what transformers takes where the key is missing
 # Written where stock code of the same weights would compute causal attention: no loader knows
 # these types, so none gives another vector without a word.
-_STOCK_WINDOWS = {"mistral": 4096}  # what transformers takes where the key is missing
 _BIDIRECTIONAL = {name: f"lowmem-bidirectional-{name}" for name in ARCHITECTURES}
 
 _NVEMBED = "nvembed"

@@ -165,7 +165,7 @@ class StoredTensor:
     @contextlib.contextmanager
     def _open(self) -> Iterator[io.FileIO]:
         with self.path.open("rb", buffering=0) as file:
-            if self.version is not None and _version(file) != self.version:
+            if self.version is not None and _version(file.fileno()) != self.version:
                 raise BundleError(f"{self.path} has changed since it was opened: load it again")
             yield file
 
@@ -178,9 +178,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             dtype, a shape that does not fit its bytes, gaps, overlaps or bytes past the end.
     """
     try:
-        with path.open("rb", buffering=0) as file:
-            version = _version(file)
-            size = os.fstat(file.fileno()).st_size
+        with path.open("rb") as file:
+            size, _ = version = _version(file.fileno())
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise BundleError(
@@ -286,9 +285,9 @@ def some_names(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(ordered[:most]) + more
 
 
-def _version(file: io.FileIO) -> tuple[int, int]:
+def _version(descriptor: int) -> tuple[int, int]:
     """Size and time of a file: on some file systems its inode changes while it does not."""
-    status = os.fstat(file.fileno())
+    status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -153,30 +153,21 @@ class Runner:
 
     def _windows(self, batches: Sequence[Batch]) -> list[list[Batch]]:
         """Batches that the engine gets at once: as many as share a reading of the weights."""
+        if self.plan.schedule != "streamed":
+            begins = range(0, len(batches), _WINDOW_BATCHES)
+            return [list(batches[begin : begin + _WINDOW_BATCHES]) for begin in begins]
         windows: list[list[Batch]] = []
-        tokens, prefixes = 0, set[bytes]()
+        tokens, held = 0, set[bytes]()
         for batch in batches:
-            own = {ids for section in batch.sections if (ids := section.prefix.tobytes())}
-            tokens += batch.tokens + _held_tokens(own - prefixes)
-            if self.plan.schedule == "streamed":
-                is_full = tokens > self.plan.window_tokens
-            else:
-                is_full = bool(windows) and len(windows[-1]) == _WINDOW_BATCHES
-            if is_full or not windows:
+            # A prefix's states are held as a text's are, and its keys and values besides.
+            prefixes = {one.prefix.tobytes(): 2 * len(one.prefix) for one in batch.sections}
+            tokens += batch.tokens + sum(prefixes[ids] for ids in prefixes.keys() - held)
+            if tokens > self.plan.window_tokens or not windows:
                 windows.append([])
-                tokens, prefixes = batch.tokens + _held_tokens(own), set()
+                tokens, held = batch.tokens + sum(prefixes.values()), set()
             windows[-1].append(batch)
-            prefixes |= own
+            held |= prefixes.keys()
         return windows
-
-
-def _held_tokens(prefixes: Collection[bytes]) -> int:
-    """Prefixes in tokens of a text: the states of each are held, and its keys and values besides.
-
-    Args:
-        prefixes: Ids as the bytes of int64.
-    """
-    return 2 * sum(map(len, prefixes)) // np.dtype(np.int64).itemsize
 
 
 def unit_length(vectors: Vectors) -> Vectors:

@@ -54,14 +54,14 @@ def time_plans(
     Returns:
         The plans in the same order; one that fails to run is dropped with the error as reason.
     """
-    layers = subject.config.num_hidden_layers
+    workloads, layers = _workloads(subject.config, plans), subject.config.num_hidden_layers
     timings = _Timings(f"timings-{hardware.fingerprint(machine)}")
     timed = []
     for plan in plans:
         if plan.dropped is not None or plan.tokens_per_second is not None:
             timed.append(plan)
             continue
-        rows = workload(subject.config, plan.device)
+        rows = workloads[plan.device]
         key = _key(plan, bundle, rows, layers)
         speed, computing = timings.get(key), timings.get(f"{key}-computing")
         if speed is None or computing is None:
@@ -95,8 +95,8 @@ def known_speeds(
 ) -> dict[str, float]:
     """Tokens per second of the plans that were timed before, by plan id; nothing is run."""
     timings = cache.read_json(f"timings-{hardware.fingerprint(machine)}") or {}
-    layers = config.num_hidden_layers
-    keys = {plan.id: _key(plan, bundle, workload(config, plan.device), layers) for plan in plans}
+    workloads, layers = _workloads(config, plans), config.num_hidden_layers
+    keys = {plan.id: _key(plan, bundle, workloads[plan.device], layers) for plan in plans}
     speeds = {id_: timings.get(key) for id_, key in keys.items()}
     return {id_: s for id_, s in speeds.items() if isinstance(s, float) and s > 0}
 
@@ -118,6 +118,11 @@ def workload(config: ModelConfig, device: str = "cpu") -> list[Row]:
         if sum(len(other.text) for other in rows) < wanted:
             rows.append(row)
     return rows
+
+
+def _workloads(config: ModelConfig, plans: Sequence[Plan]) -> dict[str, list[Row]]:
+    """The workload of each device of the plans."""
+    return {device: workload(config, device) for device in {plan.device for plan in plans}}
 
 
 class _Timings:

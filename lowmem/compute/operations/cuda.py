@@ -232,8 +232,9 @@ def triton_works(device: str) -> bool:
         return False
     kernels, dequantize = row_kernels(uses_triton=True)
     try:
-        is_right = cuda_selftest.rows_are_right(kernels, device)
-        is_right = is_right and cuda_selftest.weights_are_right(dequantize, device)
+        is_right = cuda_selftest.rows_are_right(
+            kernels, device
+        ) and cuda_selftest.weights_are_right(dequantize, device)
     except (TritonError, RuntimeError, OSError, SubprocessError) as error:
         logger.warning("Triton does not work here, kernels of torch serve: %s", error)
         return False

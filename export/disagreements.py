@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 from tokenizers import Tokenizer
 
-from export.sources import HuggingFaceDirectory, Source
+from export.sources import Source
 from export.sources.huggingface import POOLING
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.stock_files import TOKENIZER
 
 
-def disagreement(tokenizer_files: Mapping[str, bytes], contract: Contract) -> str | None:
+def tokenizer_disagreement(tokenizer_files: Mapping[str, bytes], contract: Contract) -> str | None:
     """What ``tokenizer.json`` loses or adds at the ends of a text, or None where it agrees.
 
     Args:
@@ -47,7 +47,7 @@ def pooling_disagreement(source: Source, contract: Contract) -> str | None:
         source: The checkpoint.
         contract: What it ought to pool by; the mean behind latent attention is one.
     """
-    modes = source.pooling_modes if isinstance(source, HuggingFaceDirectory) else ()
+    modes = source.pooling_modes
     pooling = "mean" if contract.pooling == "latent_attention" else contract.pooling
     if modes in ((), (pooling,)):
         return None
