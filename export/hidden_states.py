@@ -25,7 +25,7 @@ from lowmem.compute.decoder import Rotation, rms_norm
 from lowmem.compute.operations.plain import round_rows
 from lowmem.compute.operations.products import reproducible_product
 from lowmem.compute.pooling import mean_pool
-from lowmem.scratch import mapped
+from lowmem.disk import mapped
 from lowmem.text.batching import EncodedText, pack
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

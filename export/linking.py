@@ -7,8 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+from lowmem.disk import DISK_FULL
 from lowmem.errors import CapacityError
-from lowmem.scratch import DISK_FULL
 
 _FICLONE = 0x40049409
 

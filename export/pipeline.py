@@ -36,6 +36,7 @@ from lowmem.artifact.stock_files import render as render_stock_files
 from lowmem.artifact.variants import budget_of, check_variants, formats_for, recipe_for
 from lowmem.artifact.weights import EMBEDDING, Checkpoint
 from lowmem.data import Row
+from lowmem.disk import nearest_directory
 from lowmem.errors import BundleError, InputError
 from lowmem.progress import Progress
 from lowmem.text.batching import EncodedText
@@ -125,7 +126,8 @@ def export(
         @cache
         def effects() -> Effects:
             some = some_texts(texts())
-            return pooled_effects(source, contract, dtype, some, _existing(bundle), progress)
+            scratch = nearest_directory(bundle)
+            return pooled_effects(source, contract, dtype, some, scratch, progress)
 
         jobs = []
         steered_by = data.sha256(calibration) if calibration else None
@@ -268,16 +270,11 @@ def _tokenized(
     return encoded
 
 
-def _existing(bundle: Path) -> Path:
-    """The bundle's directory, or the nearest above it that is there."""
-    return next(folder for folder in (bundle, *bundle.absolute().parents) if folder.is_dir())
-
-
 def _needed_bytes(jobs: Sequence[Job], source: Source, bundle: Path, copy: bool) -> int:
     needed = 0
     latents = source.config.latent_attention
     folded = 0 if latents is None else latents.folded_bytes(source.config.hidden_size)
-    place = _existing(bundle)
+    place = nearest_directory(bundle)
     for job in jobs:
         needed += _SMALL_FILES_BYTES + folded
         if job.layout is not None:

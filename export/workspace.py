@@ -23,8 +23,8 @@ from export.linking import sync_directory, sync_tree
 from lowmem import cache
 from lowmem.artifact import strict_json
 from lowmem.artifact.manifest import MANIFEST, Bundle, Manifest, parse_manifest
+from lowmem.disk import DISK_FULL, check_room
 from lowmem.errors import BundleError, CapacityError, InputError, LowmemError
-from lowmem.scratch import DISK_FULL
 
 PARTIAL = ".partial"
 _SPARE_BYTES = 64 * 2**20
@@ -129,11 +129,7 @@ class Workspace:
             if not kept:
                 self.clear()
             needed = needed_bytes + _SPARE_BYTES - sum(map(_allocated, kept))
-            free = shutil.disk_usage(self.bundle).free
-            if free < needed:
-                raise CapacityError(
-                    f"the export needs {needed} bytes of disk, {free} are free ({self.bundle})"
-                )
+            check_room(self.bundle, needed, "the export")
             self._has_begun = True
             if kept:
                 _empty(self.partial, {*kept, self._journal.path, self._journal.steps_path})

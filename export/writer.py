@@ -15,8 +15,8 @@ import numpy as np
 
 from export.layout import Layout
 from lowmem.artifact.tensors import RawTensor, StoredTensor, TensorSpec
+from lowmem.disk import DISK_FULL
 from lowmem.errors import BundleError, CapacityError
-from lowmem.scratch import DISK_FULL
 
 _BLOCK_BYTES = 2**20
 

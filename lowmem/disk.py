@@ -1,9 +1,10 @@
-"""Arrays on the disk that are larger than memory should hold, and gone with the process."""
+"""Room on disks, and arrays there that are larger than memory should hold."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,33 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says where a disk or a quota is full."""
 NO_ROOM = (*DISK_FULL, errno.EFBIG)
 """The same, and what it says where a file is over a limit on the size of files."""
+
+
+def nearest_directory(path: Path) -> Path:
+    """The path where it is a directory, or the nearest directory above it."""
+    return next(place for place in (path, *path.absolute().parents) if place.is_dir())
+
+
+def check_room(place: Path, needed_bytes: int, purpose: str, remedy: str | None = None) -> None:
+    """Refuses to begin what the disk has no room for in the end.
+
+    Args:
+        place: A directory or what is to be one, on the disk that needs the room.
+        needed_bytes: How much.
+        purpose: What needs it, as an error calls it.
+        remedy: What else can be done than making room.
+
+    Raises:
+        CapacityError: The disk has not enough room.
+        OSError: There is no such disk.
+    """
+    free_bytes = shutil.disk_usage(nearest_directory(place)).free
+    if free_bytes < needed_bytes:
+        advice = f"make room, or {remedy}" if remedy else "make room"
+        raise CapacityError(
+            f"{purpose} needs {needed_bytes} bytes of disk, {free_bytes} are free ({place}): "
+            f"{advice}"
+        )
 
 
 def mapped(directory: Path, shape: tuple[int, ...], purpose: str) -> NDArray[np.float32]:

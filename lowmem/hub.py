@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowmem import disk
 from lowmem.errors import BackendError, CapacityError, InputError, LowmemError
-from lowmem.scratch import DISK_FULL
 
 logger = logging.getLogger(__name__)
 
@@ -130,13 +129,9 @@ def check_room(model: HubModel, sizes: Mapping[str, int | None]) -> None:
         for file, size in sizes.items()
         if not isinstance(try_to_load_from_cache(model.name, file, revision=model.revision), str)
     )
-    place = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise CapacityError(
-            f"downloading {model.name} needs {needed} bytes of disk, {free} are free ({cache}): "
-            "make room, or set HF_HOME to a directory on another disk"
-        )
+    disk.check_room(
+        cache, needed, f"downloading {model.name}", "set HF_HOME to a directory on another disk"
+    )
 
 
 def _endpoint() -> str:
@@ -200,7 +195,7 @@ def _explained(error: BaseException, model: HubModel, file: str | None = None) -
             f"{_endpoint()} answers with HTTP status {status} for {model}: try again later"
         )
     number = getattr(error, "errno", None)
-    if number in DISK_FULL:
+    if number in disk.DISK_FULL:
         return CapacityError(
             f"the disk is full: {file} of {model.name} could not be downloaded to "
             f"{constants.HF_HUB_CACHE}; make room, or set HF_HOME to a directory on another disk"

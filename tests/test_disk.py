@@ -1,16 +1,38 @@
-"""Arrays in files without a name."""
+"""Room on disks, and arrays in files without a name."""
 
 import os
 import resource
+import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from lowmem.disk import check_room, mapped
 from lowmem.errors import CapacityError
 from lowmem.measure import MemoryPeak
-from lowmem.scratch import mapped
+
+
+def test_room_is_asked_of_the_nearest_directory_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(free=99)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    place = tmp_path / "not" / "there"
+    check_room(place, 99, "a test")
+    with pytest.raises(CapacityError) as caught:
+        check_room(place, 100, "a test", "use less")
+    assert asked == [tmp_path] * 2
+    assert str(caught.value) == (
+        f"a test needs 100 bytes of disk, 99 are free ({place}): make room, or use less"
+    )
 
 
 def test_an_array_is_zeros_that_can_be_written_and_leaves_no_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    {"errors", "hardware", "cache", "hub", "progress", "schemas", "scratch"},
+    {"errors", "hardware", "cache", "hub", "progress", "schemas", "disk"},
     {"data"},
     {"artifact"},
     {"text"},

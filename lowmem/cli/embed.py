@@ -13,8 +13,8 @@ import typer
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.weights import Checkpoint
 from lowmem.cli import options
+from lowmem.disk import mapped
 from lowmem.errors import InputError
-from lowmem.scratch import mapped
 from lowmem.text.reading import InputRow, read_rows
 from lowmem.text.tokenizer import Tokenizer
 from lowmem.text.writing import check_output, check_room, write_vectors

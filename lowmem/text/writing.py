@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem import disk
 from lowmem.cache import replacing
 from lowmem.data import Row
 from lowmem.errors import CapacityError, InputError, reason_of
-from lowmem.scratch import NO_ROOM
 from lowmem.text.suffixes import known_suffix, load_pyarrow
 
 _PART_ROWS = 4096
@@ -63,9 +62,7 @@ def check_room(path: Path, texts: int, dimensions: int) -> None:
     """
     suffix = known_suffix(path, "an output file", _WRITERS)
     needed = texts * dimensions * _BYTES_PER_NUMBER.get(suffix, 4)
-    free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
-    if free < needed:
-        raise CapacityError(f"{path} needs about {needed} bytes of disk, {free} are free")
+    disk.check_room(Path(os.path.realpath(path)).parent, needed, path.name)
 
 
 def write_vectors(path: Path, rows: Sequence[Row], vectors: NDArray[np.float32]) -> None:
@@ -97,7 +94,7 @@ def write_vectors(path: Path, rows: Sequence[Row], vectors: NDArray[np.float32])
         with replacing(Path(os.path.realpath(path))) as file:
             write(file, rows, vectors)
     except OSError as error:
-        kind = CapacityError if error.errno in NO_ROOM else InputError
+        kind = CapacityError if error.errno in disk.NO_ROOM else InputError
         raise kind(f"{path} cannot be written: {reason_of(error)}") from error
 
 

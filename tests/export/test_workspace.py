@@ -181,7 +181,7 @@ def test_too_little_disk_is_known_before_the_first_byte(
     with Workspace(path) as workspace, pytest.raises(CapacityError) as caught:
         workspace.begin(["int4"], 1000, WORK)
     assert str(caught.value) == (
-        f"the export needs {2**26 + 1000} bytes of disk, {free} are free ({path})"
+        f"the export needs {2**26 + 1000} bytes of disk, {free} are free ({path}): make room"
     )
     assert tree(path) == before
     assert not (path / PARTIAL).exists()
