@@ -53,6 +53,7 @@ def pooled_effects(
     dtype: str,
     texts: Sequence[EncodedText],
     directory: Path,
+    device: str = "cpu",
     progress: Progress = lambda what, done, total: None,
 ) -> Effects:
     """What each stage does to the pooled vectors when it alone is quantized to the lower bits.
@@ -63,6 +64,7 @@ def pooled_effects(
         dtype: F16 or BF16, of what is not quantized.
         texts: The texts, tokenized.
         directory: Where scratch files may lie, without a name.
+        device: What computes: ``cpu`` or ``cuda``.
         progress: Told of each layer before it is read.
 
     Raises:
@@ -70,21 +72,21 @@ def pooled_effects(
         CapacityError: The disk is full.
     """
     config = source.config
-    packed = Texts(texts, config, contract, directory)
+    packed = Texts(texts, config, contract, directory, device)
     exact = HiddenStates(packed, read_tensor(source, EMBEDDING, dtype))
     disturbed: dict[tuple[int, Stage], HiddenStates] = {}
     for index in range(config.num_hidden_layers):
         progress(_STEP, index, config.num_hidden_layers)
         layer = read_layer(source, index, dtype)
-        full = FullLayer(layer)
+        full = FullLayer(layer, device)
         weights = {stage: full.weights(stage) for stage in STAGES}
         for states in disturbed.values():
             states.advance(full.norms, _given(weights))
         for stage in STAGES:
             states = disturbed[index, stage] = exact.copy()
-            states.advance(full.norms, _given(weights | {stage: _quantized(layer, stage)}))
+            states.advance(full.norms, _given(weights | {stage: _quantized(layer, stage, device)}))
         exact.advance(full.norms, _given(weights))
-    norm = to_torch(read_tensor(source, FINAL_NORM, dtype)).float()
+    norm = to_torch(read_tensor(source, FINAL_NORM, dtype), device).float()
     vectors = exact.pooled(norm)
     return {
         place: float((1 - torch.cosine_similarity(vectors, states.pooled(norm))).mean())
@@ -129,7 +131,7 @@ def _given(weights: Mapping[Stage, Tensor]) -> Weigh:
     return lambda stage, inputs: weights[stage]
 
 
-def _quantized(layer: LayerWeights, stage: Stage) -> Tensor:
+def _quantized(layer: LayerWeights, stage: Stage, device: str) -> Tensor:
     """A stage's weights after a way through the lower format, stacked, float32."""
     stored = {}
     for linear in stage:
@@ -137,4 +139,4 @@ def _quantized(layer: LayerWeights, stage: Stage) -> Tensor:
         place = f"layers.{layer.index}.{linear}"
         parts = quantize(to_torch(weights.tensors["weight"]), LOW, place)
         stored[linear] = LinearWeights(LOW, weights.out_features, weights.in_features, parts)
-    return stacked(stored, stage)
+    return stacked(stored, stage, device)

@@ -70,6 +70,7 @@ class Calibration:
         embedding: RawTensor,
         variants: Mapping[str, int | None],
         directory: Path,
+        device: str = "cpu",
     ) -> None:
         """Looks up the embeddings.
 
@@ -80,12 +81,13 @@ class Calibration:
             embedding: The token embeddings.
             variants: Those to be calibrated, and about how many tokens suffice each; None for all.
             directory: Where scratch files may lie, without a name.
+            device: What computes: ``cpu`` or ``cuda``.
 
         Raises:
             CapacityError: The disk is full.
         """
         self.errors: dict[str, dict[str, float]] = {name: {} for name in variants}
-        self._texts = Texts(texts, config, contract, directory)
+        self._texts = Texts(texts, config, contract, directory, device)
         self._full = HiddenStates(self._texts, embedding)
         self._before = self._texts.scratch(config.hidden_size)
         self._middle = self._texts.scratch(config.hidden_size)
@@ -112,7 +114,7 @@ class Calibration:
         """
         full = self._full
         self._before.copy_(full.hidden)
-        result = FullLayer(layer)
+        result = FullLayer(layer, self._texts.device)
 
         def weigh(stage: Stage, inputs: Inputs) -> Tensor:
             if stage == MLP:
@@ -127,7 +129,8 @@ class Calibration:
                 result.weights,
                 self._texts.config,
             )
-            result.folded = FullLayer(LayerWeights(layer.index, layer.linears, norms), folds)
+            folded = LayerWeights(layer.index, layer.linears, norms)
+            result.folded = FullLayer(folded, self._texts.device, folds)
         return result
 
     def _sample(self, stage: Stage, layer: FullLayer) -> Tensor:
@@ -139,7 +142,7 @@ class Calibration:
             inputs = self._normed(stage, layer.norms, self._texts)
         else:
             states = self._texts.mixed if stage == OUTPUT else self._texts.gated
-            inputs = (states[rows] for rows in self._texts.rows)
+            inputs = self._texts.brought(states)
         step = -(-self._texts.tokens // _SAMPLE_TOKENS)
         return torch.cat(
             [
@@ -176,13 +179,13 @@ class Calibration:
             else:
                 sums = self._middle if stage == OUTPUT else self._full.hidden
                 for rows in states.texts.rows:
-                    yield sums[rows] - states.hidden[rows]
+                    yield (sums[rows] - states.hidden[rows]).to(states.texts.device)
 
         def weigh(stage: Stage, inputs: Inputs) -> Tensor:
             weight = folded.weights(stage)
             form = formats[stage[0]]
             assert all(formats[linear] == form for linear in stage), stage
-            dtype = fastest_dtype() if form.bits < 8 else torch.float32
+            dtype = fastest_dtype(states.texts.device) if form.bits < 8 else torch.float32
             weights = self._token_weights(states.texts)
             seen, crossed = second_moments(inputs, wanted(stage), weights, dtype)
             moments = Moments(seen, weight @ crossed if stage in (ATTENTION, MLP) else crossed)
@@ -195,10 +198,10 @@ class Calibration:
             for linear in stage:
                 out_features, in_features = config.linears()[linear]
                 rows = slice(begin, begin := begin + out_features)
-                parts = pack(form, values[rows], scales[rows])
+                parts = pack(form, values[rows].cpu(), scales[rows].cpu())
                 stored[linear] = LinearWeights(form, out_features, in_features, parts)
                 tensors.update({f"{linear}.{suffix}": raw for suffix, raw in parts.items()})
-            return stacked(stored, stage)
+            return stacked(stored, stage, self._texts.device)
 
         self._advance(name, layer.index, folded.norms, weigh, rounded)
         return tensors
@@ -217,7 +220,7 @@ class Calibration:
         """
         for rows in texts.rows:
             squares = self._full.hidden[rows].square().mean(dim=-1, keepdim=True)
-            yield squares.clamp_min_(_SMALLEST_SQUARE).reciprocal_()
+            yield squares.clamp_min_(_SMALLEST_SQUARE).reciprocal_().to(texts.device)
 
     @torch.inference_mode()
     def replay(self, name: str, layer: LayerWeights) -> None:
@@ -227,9 +230,10 @@ class Calibration:
             name: The variant.
             layer: The layer as it is stored.
         """
-        norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
+        device = self._texts.device
+        norms = {norm: to_torch(raw, device).float() for norm, raw in layer.norms.items()}
         rounded = rounded_linears({name: linear.format for name, linear in layer.linears.items()})
-        weigh: Weigh = lambda stage, inputs: stacked(layer.linears, stage)  # noqa: E731
+        weigh: Weigh = lambda stage, inputs: stacked(layer.linears, stage, device)  # noqa: E731
         self._advance(name, layer.index, norms, weigh, rounded)
 
     def _advance(
@@ -265,26 +269,28 @@ class FullLayer:
 
     Attributes:
         index: Position in the stack, from 0.
-        norms: Weight of each norm, float32.
+        norms: Weight of each norm, float32, on the device.
         stored_norms: The same as they are stored.
         folded: The same layer with inputs that lose less when they are rounded, if it was made.
     """
 
-    def __init__(self, layer: LayerWeights, folds: Folds | None = None) -> None:
-        """Takes the source's linears, and norms that go with the folds."""
+    def __init__(self, layer: LayerWeights, device: str, folds: Folds | None = None) -> None:
+        """Takes the source's linears, and norms that go with the folds, on that device."""
         self.index = layer.index
         self.stored_norms: Mapping[str, RawTensor] = layer.norms
-        self.norms = {norm: to_torch(raw).float() for norm, raw in layer.norms.items()}
+        self.norms = {norm: to_torch(raw, device).float() for norm, raw in layer.norms.items()}
         self.folded: FullLayer | None = None
         self._layer = layer
+        self._device = device
         self._folds = folds
 
     def weights(self, stage: Stage) -> Tensor:
-        """A stage's weights, stacked, float32 ``[out_features, in_features]``."""
+        """A stage's weights, stacked, float32 ``[out_features, in_features]``, on the device."""
         return torch.cat([self._weight(linear) for linear in stage])
 
     def _weight(self, linear: str) -> Tensor:
-        weight = to_torch(self._layer.linears[linear].tensors["weight"]).float()
+        raw = self._layer.linears[linear].tensors["weight"]
+        weight = to_torch(raw, self._device).float()
         return weight if self._folds is None else self._folds.apply(linear, weight)
 
 
@@ -297,11 +303,11 @@ def rounded_linears(formats: Formats) -> frozenset[str]:
     )
 
 
-def stacked(linears: Mapping[str, LinearWeights], stage: Stage) -> Tensor:
-    """The weights of a stage as engines see them, float32, one above the other."""
-    loaded = [Linear.load(linears[name], to_torch) for name in stage]
+def stacked(linears: Mapping[str, LinearWeights], stage: Stage, device: str) -> Tensor:
+    """The weights of a stage as engines see them, float32, one above the other, on a device."""
+    loaded = [Linear.load(linears[name], lambda raw: to_torch(raw, device)) for name in stage]
     rows = [linear.out_features for linear in loaded]
-    stacked = torch.empty(sum(rows), loaded[0].in_features)
+    stacked = torch.empty(sum(rows), loaded[0].in_features, device=device)
     for part, linear in zip(stacked.split(rows), loaded, strict=True):
         dequantize_into(part, linear)
     return stacked

@@ -81,7 +81,8 @@ def fold(
     for norm, stage in ((BEFORE_ATTENTION, ATTENTION), (BEFORE_MLP, MLP)):
         stored[norm], scales[stage] = _fold_norm(norms[norm], scales_of(stage))
     # Heads that share a value share its scale.
-    values = torch.arange(config.num_key_value_heads * config.head_dim)
+    device = scales[MLP].device
+    values = torch.arange(config.num_key_value_heads * config.head_dim, device=device)
     heads = config.num_attention_heads // config.num_key_value_heads
     by_head = values.view(-1, 1, config.head_dim).expand(-1, heads, -1)
     scales[OUTPUT] = scales_of(OUTPUT, by_head.flatten())
@@ -116,7 +117,7 @@ def balance(inputs: Tensor, weight: Tensor, shared: Tensor | None = None) -> Ten
     """
     inputs, weight = inputs.abs(), weight.abs()
     if shared is None:
-        shared = torch.arange(inputs.shape[1])
+        shared = torch.arange(inputs.shape[1], device=inputs.device)
     count = int(shared.max()) + 1
 
     def by_scale(parts: Tensor) -> Tensor:
@@ -155,8 +156,8 @@ def _fold_norm(norm: RawTensor, scales: Tensor) -> tuple[RawTensor, Tensor]:
     They differ from those wanted by the rounding of the stored norm, and are 1 where the norm is
     zero and divides nothing.
     """
-    weight = to_torch(norm)
+    weight = to_torch(norm).to(scales.device)
     stored = (weight.float() / scales).to(weight.dtype)
     exact = torch.where(stored == 0, torch.ones_like(scales), weight.float() / stored.float())
-    array = stored.view(torch.uint16).numpy() if norm.dtype == "BF16" else stored.numpy()
-    return RawTensor(norm.dtype, array), exact
+    codes = stored.view(torch.uint16) if norm.dtype == "BF16" else stored
+    return RawTensor(norm.dtype, codes.cpu().numpy()), exact

@@ -3,6 +3,9 @@
 A layer is four stages of linears that share their inputs. Before a stage computes, whoever advances
 the states is shown its inputs and gives its weights: as they are in the source, as they are stored,
 or as they have just been quantized to suit those inputs.
+
+The states themselves lie in scratch files of the host; what computes, a batch at a time, may be a
+CUDA device. There key and value heads are repeated, as in every other pass in float32.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from lowmem.artifact.contract import Contract
 from lowmem.artifact.tensors import RawTensor
 from lowmem.compute.attention import Spans, attend
 from lowmem.compute.decoder import Rotation, rms_norm
+from lowmem.compute.kernels import packed_attention
 from lowmem.compute.operations.plain import round_rows
 from lowmem.compute.operations.products import reproducible_product
 from lowmem.compute.pooling import mean_pool
@@ -62,6 +66,7 @@ class Texts:
     Attributes:
         tokens: How many tokens the texts have.
         config: The model's shape.
+        device: What computes: ``cpu`` or ``cuda``.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Texts:
         config: ModelConfig,
         contract: Contract,
         directory: Path,
+        device: str,
     ) -> None:
         """Packs the texts; scratch files lie in the directory, without a name.
 
@@ -77,20 +83,21 @@ class Texts:
             CapacityError: The disk is full.
         """
         self.config = config
+        self.device = device
         self.tokens = 0
         self._directory = directory
         self._ids = []
         self.batches = []
         for batch in pack(texts, _BATCH_TOKENS, pooling=contract.pooling):
-            positions = torch.from_numpy(batch.position_ids)
+            positions = torch.from_numpy(batch.position_ids).to(device)
             lengths = np.diff(batch.cu_seqlens).tolist()
             self.batches.append(
                 _Batch(
                     slice(self.tokens, self.tokens + batch.tokens),
                     Rotation.at(positions, config.rope_theta, config.head_dim),
-                    Spans.of([(0, lengths)], contract.is_causal, "cpu"),
+                    Spans.of([(0, lengths)], contract.is_causal, device),
                     lengths,
-                    torch.from_numpy(batch.pooling_mask),
+                    torch.from_numpy(batch.pooling_mask).to(device),
                 )
             )
             self._ids.append(batch.input_ids)
@@ -120,9 +127,14 @@ class Texts:
         return [batch.rows for batch in self.batches]
 
     def normed(self, hidden: Tensor, norm: Tensor) -> Iterator[Tensor]:
-        """RMSNorm of states ``[tokens, hidden_size]``, batch by batch."""
+        """RMSNorm of states ``[tokens, hidden_size]``, batch by batch, on the device."""
+        for states in self.brought(hidden):
+            yield rms_norm(states, norm, self.config.rms_norm_eps)
+
+    def brought(self, states: Tensor) -> Iterator[Tensor]:
+        """States ``[tokens, features]``, batch by batch, on the device."""
         for rows in self.rows:
-            yield rms_norm(hidden[rows], norm, self.config.rms_norm_eps)
+            yield states[rows].to(self.device)
 
     def embedded(self, embedding: RawTensor) -> Tensor:
         """The hidden states before the first layer, float32 ``[tokens, hidden_size]``."""
@@ -157,11 +169,11 @@ class HiddenStates:
         """One vector a text, the mean of its pooled tokens, float32 ``[texts, hidden_size]``.
 
         Args:
-            norm: Weight of the norm behind the last layer.
+            norm: Weight of the norm behind the last layer, on the device.
         """
         return torch.cat(
             [
-                mean_pool(states, batch.pooling_mask, batch.lengths)
+                mean_pool(states, batch.pooling_mask, batch.lengths).cpu()
                 for batch, states in zip(
                     self.texts.batches, self.texts.normed(self.hidden, norm), strict=True
                 )
@@ -174,12 +186,14 @@ class HiddenStates:
         """Takes the states through a layer.
 
         Args:
-            norms: Weight of each norm, float32.
-            weigh: Asked for the weights of each stage in turn. While it looks at the inputs of
-                ``o_proj`` and ``down_proj``, ``hidden`` is what their outputs will be added to.
+            norms: Weight of each norm, float32, on the device.
+            weigh: Asked for the weights of each stage in turn, on the device. While it looks at the
+                inputs of ``o_proj`` and ``down_proj``, ``hidden`` is what their outputs will be
+                added to.
             rounded: Linears whose inputs are rounded to 8 bits per token.
         """
         texts, head_dim = self.texts, self.texts.config.head_dim
+        mix = attend if texts.device == "cpu" else packed_attention.by_length
 
         def inputs(stage: Stage, states: Inputs) -> Inputs:
             if not rounded.issuperset(stage):
@@ -198,7 +212,7 @@ class HiddenStates:
                 for part in reproducible_product(states, weight).split(sizes, dim=-1)
             )
             query, key = batch.rotation.apply(query), batch.rotation.apply(key)
-            texts.mixed[rows] = attend(query, key, value.contiguous(), batch.spans)
+            texts.mixed[rows] = mix(query, key, value.contiguous(), batch.spans)
         self._add(OUTPUT, weigh, inputs(OUTPUT, lambda: self._rows(texts.mixed)))
 
         states_of = inputs(MLP, normed(norms[BEFORE_MLP]))
@@ -212,11 +226,10 @@ class HiddenStates:
     def _add(self, stage: Stage, weigh: Weigh, inputs: Inputs) -> None:
         weight = weigh(stage, inputs)
         for rows, states in inputs():
-            self.hidden[rows] += reproducible_product(states, weight)
+            self.hidden[rows] += reproducible_product(states, weight).cpu()
 
     def _rows(self, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        for rows in self.texts.rows:
-            yield rows, states[rows]
+        return zip(self.texts.rows, self.texts.brought(states), strict=True)
 
 
 def _rounded(states: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Job:
 
 
 def work_digest(
-    identity: SourceIdentity, contract: Contract, jobs: Sequence[Job], *, copy: bool
+    identity: SourceIdentity, contract: Contract, jobs: Sequence[Job], *, copy: bool, device: str
 ) -> str:
     """Digest of all that decides the bytes of the weights."""
     variants = {
@@ -63,6 +63,7 @@ def work_digest(
         "contract": contract.to_json(),
         "variants": variants,
         "copy": copy,
+        "device": device,
     }
     return hashlib.sha256(strict_json.canonical(work)).hexdigest()
 

@@ -1,20 +1,29 @@
 """What an export may hold in memory, by the model's shape: an upper bound, not an estimate.
 
 It is what the process itself holds (RssAnon + RssShmem). Hidden states of calibration texts lie in
-scratch files, whose pages the system takes back.
+scratch files, whose pages the system takes back. What calibrates may be a card, if it has the room.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from export.hidden_states import STAGES
 from export.sources import Source
 from lowmem.artifact.config import ModelConfig
-from lowmem.errors import CapacityError
+from lowmem.compute.torch_engine import is_out_of_memory
+from lowmem.errors import BackendError, CapacityError
+from lowmem.hardware import Hardware
 
 MIB = 2**20
 # Interpreter and libraries, and what the heap keeps of blocks that are too small to be given back.
 _LIBRARIES_BYTES = 400 * MIB
 _FLOAT32, _HALF = 4, 2
+# CUDA's own part of a card's memory, its libraries' workspaces, and what its heap keeps in pieces.
+CUDA_BYTES = 900 * MIB
 # Calibration takes so many tokens at a time, or one longer text.
 _BATCH_TOKENS = 4096
 
@@ -56,6 +65,73 @@ def peak_bytes(config: ModelConfig, source_dtype: str, *, is_calibrated: bool) -
     if not is_calibrated:
         return _LIBRARIES_BYTES + alone
     layer = read * sum(rows * columns for rows, columns in shapes.values())
+    return _LIBRARIES_BYTES + max(alone, layer + _stage_bytes(config))
+
+
+def card_bytes(config: ModelConfig) -> int:
+    """Most bytes of a card's memory that calibration holds."""
+    columns = max(columns for _, columns in config.linears().values())
+    # A card inverts by solving for the identity.
+    return CUDA_BYTES + _stage_bytes(config) + _FLOAT32 * columns * columns
+
+
+def calibrating_device(wanted: str, config: ModelConfig, hardware: Hardware) -> tuple[str, str]:
+    """What calibrates.
+
+    Args:
+        wanted: ``cpu``, ``cuda``, or ``auto``: a card that has the room, else the CPU.
+        config: The model's shape.
+        hardware: This machine.
+
+    Returns:
+        ``cpu`` or ``cuda``, and why.
+
+    Raises:
+        BackendError: The card is asked for, and there is none that torch can use.
+        CapacityError: The card is asked for, and has not enough room.
+    """
+    if wanted == "cpu":
+        return "cpu", "asked for"
+    if not hardware.gpus:
+        problem = f"there is no CUDA device: {hardware.gpu_problem or 'none is visible'}"
+    elif not torch.cuda.is_available():
+        problem = "torch finds no CUDA device that it can use"
+    else:
+        card, needed = hardware.gpus[0], card_bytes(config)
+        if needed <= card.free_bytes:
+            return "cuda", card.name
+        problem = (
+            f"calibration may need {needed // MIB} MiB of the card's memory, "
+            f"{card.free_bytes // MIB} MiB are free"
+        )
+        if wanted == "cuda":
+            raise CapacityError(f"{problem}: --device cpu calibrates without it")
+    if wanted == "cuda":
+        raise BackendError(problem)
+    return "cpu", problem
+
+
+@contextmanager
+def within_card(device: str) -> Iterator[None]:
+    """Says what can be done where a card's memory is used up after all.
+
+    Raises:
+        CapacityError: It is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if device != "cuda" or not is_out_of_memory(error):
+            raise
+        raise CapacityError(
+            "the card's memory is used up, by this export and other programs: --device cpu "
+            "calibrates without it"
+        ) from error
+
+
+def _stage_bytes(config: ModelConfig) -> int:
+    """Most bytes that a stage at work holds, the layer's own weights not counted."""
+    shapes = config.linears()
     inner = max(config.intermediate_size, config.query_size + 2 * config.key_value_size)
     batch = _BATCH_TOKENS * (3 * inner + 2 * config.hidden_size)
     stage = 0
@@ -67,4 +143,4 @@ def peak_bytes(config: ModelConfig, source_dtype: str, *, is_calibrated: bool) -
         # Before that the moments are summed up, and behind it the states go on.
         passed = columns * columns + 2 * rows * columns + batch
         stage = max(stage, fitted, passed)
-    return _LIBRARIES_BYTES + max(alone, layer + _FLOAT32 * stage)
+    return _FLOAT32 * stage

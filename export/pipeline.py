@@ -23,7 +23,7 @@ from export.identity import SourceIdentity
 from export.job import Job, kept_files, work_digest
 from export.layout import lay_out
 from export.linking import links
-from export.memory import check_memory
+from export.memory import check_memory, within_card
 from export.sources import Source
 from export.variant_files import check_linked, finish, link_shards, write_small_files
 from export.workspace import Workspace
@@ -35,6 +35,7 @@ from lowmem.artifact.stock_files import TOKENIZER, lacks_query_prompt
 from lowmem.artifact.stock_files import render as render_stock_files
 from lowmem.artifact.variants import budget_of, check_variants, formats_for, recipe_for
 from lowmem.artifact.weights import EMBEDDING, Checkpoint
+from lowmem.compute.operations.products import check_float32
 from lowmem.data import Row
 from lowmem.disk import nearest_directory
 from lowmem.errors import BundleError, InputError
@@ -61,6 +62,7 @@ def export(
     copy: bool = False,
     force: bool = False,
     max_memory: int | None = None,
+    device: str = "cpu",
     accepts_licence: licences.Accepts = licences.accepts_none,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
@@ -77,6 +79,7 @@ def export(
         copy: Whether to write the bytes of ``fp16`` again instead of linking the source's files.
         force: Whether to replace variants that were made otherwise.
         max_memory: Bytes that the process may hold at most, or None.
+        device: What calibrates: ``cpu`` or ``cuda``.
         accepts_licence: Asked about each licence that may not permit every use.
         progress: Told what has been done.
 
@@ -86,13 +89,17 @@ def export(
     Raises:
         BundleError: The source is damaged or changes meanwhile, or the bundle was made from
             another one.
-        CapacityError: The disk has not enough room, or more than ``max_memory`` may be needed.
+        BackendError: torch is set to multiply float32 in fewer bits.
+        CapacityError: The disk or the card has not enough room, or more than ``max_memory`` may be
+            needed.
         InputError: The licence is not accepted, a variant is unknown or is there from another
             recipe, or BUNDLE is no bundle or cannot be written.
     """
     check_variants(variants)
     if max_memory is not None:
         check_memory(source, max_memory, is_calibrated=bool(calibration))
+    if calibration:
+        check_float32()
     licences.check(source.licence, accepts_licence, source.name)
     config = replace(source.config, is_stock=contract.is_causal)
     contract = contract.bounded(config.longest_sequence)
@@ -127,7 +134,8 @@ def export(
         def effects() -> Effects:
             some = some_texts(texts())
             scratch = nearest_directory(bundle)
-            return pooled_effects(source, contract, dtype, some, scratch, progress)
+            with within_card(device):
+                return pooled_effects(source, contract, dtype, some, scratch, device, progress)
 
         jobs = []
         steered_by = data.sha256(calibration) if calibration else None
@@ -166,7 +174,7 @@ def export(
                 source.name,
             )
         try:
-            work = work_digest(identity, contract, jobs, copy=copy)
+            work = work_digest(identity, contract, jobs, copy=copy, device=device)
             finished = workspace.finished(work)
             kept = kept_files(finished, jobs, source, workspace.partial, progress)
             needed_bytes = _needed_bytes(jobs, source, bundle, copy)
@@ -177,8 +185,12 @@ def export(
                 write_small_files(workspace.partial / job.name, job.formats, config, dtype, stock)
                 if job.layout is None:
                     link_shards(source, job, workspace, finished, copy)
-            steered = _calibration(source, config, contract, dtype, jobs, texts, workspace)
-            write_groups(source, identity, dtype, jobs, workspace, finished, progress, steered)
+            scratch = workspace.partial
+            with within_card(device):
+                steered = _calibration(
+                    source, config, contract, dtype, jobs, texts, scratch, device
+                )
+                write_groups(source, identity, dtype, jobs, workspace, finished, progress, steered)
             errors = steered.errors if steered is not None else {}
             del steered
             written = {}
@@ -236,7 +248,8 @@ def _calibration(
     dtype: str,
     jobs: Sequence[Job],
     texts: Callable[[], Sequence[EncodedText]],
-    workspace: Workspace,
+    directory: Path,
+    device: str,
 ) -> Calibration | None:
     """The calibration texts in front of the first layer, if a job needs them."""
     calibrated = {
@@ -247,7 +260,7 @@ def _calibration(
     if not calibrated:
         return None
     embedding = read_tensor(source, EMBEDDING, dtype)
-    return Calibration(texts(), config, contract, embedding, calibrated, workspace.partial)
+    return Calibration(texts(), config, contract, embedding, calibrated, directory, device)
 
 
 def _tokenized(

@@ -111,7 +111,7 @@ def round_weight(
     order = importance.argsort(descending=True, stable=True)
     _reorder(inverse, order)
     factor = torch.linalg.cholesky(inverse, upper=True)
-    groups = order // grid.group_size
+    groups = (order // grid.group_size).tolist()
     weight = weight[:, order]
     features = weight.shape[1]
     for begin in range(0, features, _BLOCK):

@@ -137,7 +137,7 @@ def nf4_codes(values: Tensor) -> Tensor:
 
 
 def _normal_floats(values: Tensor) -> Tensor:
-    book = torch.from_numpy(nf4_layout.CODE_BOOK)
+    book = torch.from_numpy(nf4_layout.CODE_BOOK).to(values.device)
     if values.numel() > _FEW_VALUES:
         return book[nf4_codes(values).int()]
     # A column at a time is too little for many passes: here the search is the faster one.

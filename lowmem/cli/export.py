@@ -20,8 +20,10 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.models import known_models
 from lowmem.artifact.variants import VARIANTS, budgeted, check_variants
 from lowmem.cli.options import parse_size, size_text
+from lowmem.compute.plan import DEVICES
 from lowmem.data import Row
 from lowmem.errors import CapacityError, InputError, missing_extra
+from lowmem.planner.candidates import AUTO
 from lowmem.progress import bar, duration_text
 from lowmem.text.reading import read_rows
 
@@ -72,6 +74,10 @@ def export(
             metavar="SIZE", help="Refuse to begin if this process may need more, such as 3G."
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(help="What calibrates: cpu, cuda, or auto (a GPU with room, else the CPU)."),
+    ] = AUTO,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the source's files instead of linking them.")
     ] = False,
@@ -91,6 +97,8 @@ def export(
         raise InputError(
             f"reference-texts must be auto, probe, quick or none, got {reference_texts!r}"
         )
+    if device not in (AUTO, *DEVICES):
+        raise InputError(f"device must be auto or one of {', '.join(DEVICES)}, got {device!r}")
     most_bytes = None if max_memory is None else parse_size(max_memory, "--max-memory")
     names = [name.strip() for name in variants.split(",") if name.strip()]
     check_variants(names)
@@ -121,6 +129,7 @@ def export(
         copy=copy,
         force=force,
         max_memory=most_bytes,
+        device=_calibrating_device(device, opened.config) if rows else "cpu",
         accepts_licence=accepts,
         progress=progress,
     )
@@ -143,6 +152,18 @@ def _calibration_rows(calibration: str) -> Sequence[Row]:
     if not rows:
         raise InputError(f"{calibration} holds no text")
     return rows
+
+
+def _calibrating_device(wanted: str, config: ModelConfig) -> str:
+    """What calibrates; where that was left open, and there is a card, it is told."""
+    from export.memory import calibrating_device
+    from lowmem import hardware
+
+    machine = hardware.probe()
+    device, why = calibrating_device(wanted, config, machine)
+    if wanted == AUTO and machine.gpus:
+        typer.echo(f"calibrating on {device}: {why}", err=True)
+    return device
 
 
 def _known_models(source: str) -> Sequence[str]:

@@ -23,6 +23,7 @@ from lowmem.compute.operations import int8
 from lowmem.compute.operations.cuda import cuda_operations
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
+from lowmem.compute.operations.products import check_float32
 from lowmem.compute.prefixes import PrefixCache
 from lowmem.compute.streaming import LayerStream
 from lowmem.errors import BackendError, CapacityError
@@ -75,11 +76,7 @@ class TorchEngine:
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise BackendError("a cuda plan needs a CUDA device that torch can use; it finds none")
-        if _float32_precision() != "highest":
-            raise BackendError(
-                "float32 products must be float32, and torch is set otherwise "
-                f"({_float32_precision()}): call torch.set_float32_matmul_precision('highest')"
-            )
+        check_float32()
         if threads is not None:
             torch.set_num_threads(threads)
         self.hidden_size = checkpoint.config.hidden_size
@@ -99,7 +96,7 @@ class TorchEngine:
             self._ends = _load_ends(checkpoint, device)
             self._layers = LayerStream(checkpoint, device, kept_layers, drops_cache=drops_cache)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise CapacityError(
                 f"the weights of {checkpoint.directory.name} do not fit the {device} device: "
@@ -140,7 +137,7 @@ class TorchEngine:
             try:
                 return self._run(batches)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             self._ran_out(tokens)
         if texts == 1:
@@ -206,14 +203,8 @@ def _load_ends(checkpoint: Checkpoint, device: str) -> Ends:
     return replace(ends, latent_attention=latents)
 
 
-def _float32_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # so torch answers where the precision was set for one backend alone
-        return "one backend's fp32_precision"
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that memory is used up, the host's or a device's."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error) for words in _OUT_OF_MEMORY
     )

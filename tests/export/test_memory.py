@@ -1,13 +1,16 @@
 """What an export may hold, and its refusal of more than it may."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from export.memory import check_memory, peak_bytes
-from lowmem.errors import CapacityError
+from export.memory import calibrating_device, card_bytes, check_memory, peak_bytes, within_card
+from lowmem.errors import BackendError, CapacityError
+from lowmem.hardware import Gpu, Hardware
 from tests.shapes import SEVEN_B
 
 GIB, MIB = 2**30, 2**20
@@ -39,3 +42,57 @@ def test_what_may_need_more_than_is_allowed_is_refused_with_the_way_out() -> Non
     )
     with pytest.raises(CapacityError, match=r"MiB are allowed$"):
         check_memory(source, less - 1, is_calibrated=True)
+
+
+def machine(*free_bytes: int) -> Hardware:
+    gpus = tuple(Gpu("a card", 24 * GIB, free, (8, 6)) for free in free_bytes)
+    return Hardware("a cpu", 2, (), 8 * GIB, 8 * GIB, gpus, None if gpus else "no driver")
+
+
+def test_a_card_that_has_room_calibrates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    needed = card_bytes(SEVEN_B)
+    assert needed < 6 * GIB
+    for wanted in ("auto", "cuda"):
+        assert calibrating_device(wanted, SEVEN_B, machine(needed)) == ("cuda", "a card")
+    assert calibrating_device("cpu", SEVEN_B, machine(needed)) == ("cpu", "asked for")
+
+
+@pytest.mark.parametrize(
+    ("free", "torch_sees_it", "error", "problem"),
+    [
+        ((), False, BackendError, "there is no CUDA device: no driver"),
+        ((8 * GIB,), False, BackendError, "torch finds no CUDA device that it can use"),
+        (
+            (GIB,),
+            True,
+            CapacityError,
+            r"calibration may need \d+ MiB of the card's memory",
+        ),
+    ],
+)
+def test_where_no_card_can_the_cpu_does_unless_the_card_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    free: tuple[int, ...],
+    torch_sees_it: bool,
+    error: type[Exception],
+    problem: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_sees_it)
+    device, why = calibrating_device("auto", SEVEN_B, machine(*free))
+    assert device == "cpu"
+    assert re.match(problem, why)
+    with pytest.raises(error, match=problem):
+        calibrating_device("cuda", SEVEN_B, machine(*free))
+
+
+def test_a_card_that_is_used_up_is_one_clear_error() -> None:
+    with (
+        pytest.raises(CapacityError, match=r"the card's memory is used up, .* --device cpu"),
+        within_card("cuda"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(RuntimeError, match="a defect"), within_card("cuda"):
+        raise RuntimeError("a defect")
+    with pytest.raises(torch.OutOfMemoryError), within_card("cpu"):
+        raise torch.OutOfMemoryError

@@ -396,6 +396,7 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
             ("export", "BUNDLE/fp16", "new", "--variants", "int8", "--bits", "6"),
             "--bits needs int4 among the variants",
         ),
+        (("export", *SOURCE, "new", "--device", "tpu"), "device must be auto or one of"),
         (("export", *SOURCE, "new", "--max-memory", "much"), "--max-memory must be a size such as"),
         (("export", *SOURCE, "new", "--max-memory", "90M"), "reference vectors may need"),
         (

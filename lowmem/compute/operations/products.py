@@ -14,11 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem.compute.operations import trials
+from lowmem.errors import BackendError
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """``[tokens, in_features]`` and ``(out_features, in_features)`` to ``[tokens, out_features]``."""
 
 _TOKENS, _FEATURES = 256, 1024
+
+
+def check_float32() -> None:
+    """Refuses a torch that is set to multiply float32 in fewer bits.
+
+    Raises:
+        BackendError: It is.
+    """
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # so torch answers where the precision was set for one backend alone
+        precision = "one backend's fp32_precision"
+    if precision != "highest":
+        raise BackendError(
+            f"float32 products must be float32, and torch is set otherwise ({precision}): call "
+            "torch.set_float32_matmul_precision('highest')"
+        )
 
 
 def product(states: Tensor, weight: Tensor) -> Tensor:
@@ -36,7 +54,8 @@ def onednn(states: Tensor, weight: Tensor) -> Tensor:
 
 def reproducible_product(states: Tensor, weight: Tensor) -> Tensor:
     """states @ weightᵀ in float32, by a library that no timing chooses."""
-    return (onednn if _has_onednn() else F.linear)(states, weight)
+    by_onednn = weight.device.type == "cpu" and _has_onednn()
+    return (onednn if by_onednn else F.linear)(states, weight)
 
 
 def _has_onednn() -> bool:

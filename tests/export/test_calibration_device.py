@@ -1,0 +1,73 @@
+"""Calibration on a device: all that computes is there, and the bytes are those of the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.memory import CUDA_BYTES, card_bytes
+from export.pipeline import export
+from export.sources import open_source
+from lowmem import data
+from lowmem.artifact.manifest import Bundle, Manifest
+from lowmem.compute.operations import products
+from tests.models import CONTRACT, tiny_checkpoint
+from tests.pretend_device import DEVICE, PretendDevice
+
+VARIANTS = ("int8", "int4", "int4-6", "bnb-int8", "bnb-nf4")
+
+
+def test_the_device_mixes_with_no_other() -> None:
+    with PretendDevice() as device:
+        there = torch.ones(3, 4, device=DEVICE)
+        there[1:].mul_(2)
+        assert (there @ there.T).sum() == 100
+        with pytest.raises(AssertionError, match="mixes devices"):
+            there + torch.ones(4)
+        assert torch.equal(there.cpu(), torch.tensor([[1.0], [2], [2]]).expand(3, 4))
+    assert device.calls > 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_device_gives_the_bytes_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(products, "_has_onednn", lambda: False)  # a library of the CPU alone
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", dtype=dtype)
+    rows = data.load("calibration")[:60]
+
+    def write(device: str) -> Manifest:
+        path = tmp_path / device
+        export(
+            open_source(checkpoint.path),
+            path,
+            CONTRACT,
+            variants=VARIANTS,
+            calibration=rows,
+            device=device,
+            onnx=False,
+        )
+        return Bundle(path).manifest
+
+    expected = write("cpu")
+    with PretendDevice() as device:
+        assert write(DEVICE) == expected
+    assert device.calls > 1000
+
+
+def test_what_a_card_holds_stays_within_what_is_asked_for(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 1792}
+    source = open_source(tiny_checkpoint(tmp_path / "tiny", layers=1, **shape).path)
+    rows = data.load("calibration")[:10]
+    with PretendDevice() as device:
+        export(
+            source,
+            tmp_path / "bundle",
+            CONTRACT,
+            variants=["int4"],
+            calibration=rows,
+            device=DEVICE,
+            onnx=False,
+        )
+    bound = card_bytes(source.config) - CUDA_BYTES
+    assert 0.5 * bound < device.peak_bytes < bound
