@@ -157,7 +157,8 @@ def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
     # The residual stream, its norm as inputs, and the gate; what meets it goes in two chunks.
     mlp = 4 * hidden + width * (hidden + config.intermediate_size)
     chunk = min(CHUNK_BYTES, 4 * config.intermediate_size * plan.batch_tokens)
-    return plan.batch_tokens * max(attention, mlp) + 2 * chunk
+    chunks = 3 if plan.compute == "int8" else 2  # rounded, what goes into the last product is new
+    return plan.batch_tokens * max(attention, mlp) + chunks * chunk
 
 
 def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:

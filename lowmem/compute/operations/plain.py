@@ -63,7 +63,7 @@ class PlainOperations:
         self, hidden: Tensor, norm: Tensor, linears: Sequence[Linear], exact_rows: int
     ) -> list[Tensor]:
         """RMSNorm, then each linear, ``[tokens, out_features]`` in the product's dtype."""
-        inputs = self._inputs(self._norm(hidden, norm), linears, exact_rows)
+        inputs = self._inputs(self._norm(hidden, norm), linears, exact_rows, overwrites=True)
         return [self._product(inputs, self._weights.of(linear)) for linear in linears]
 
     def rotate(self, heads: Tensor, rotation: Rotation) -> Tensor:
@@ -96,7 +96,7 @@ class PlainOperations:
         exact_rows: int,
     ) -> Tensor:
         """hidden + down(SiLU(gate(n)) * up(n)), n = RMSNorm(hidden), float32."""
-        inputs = self._inputs(self._norm(hidden, norm), (gate, up), exact_rows)
+        inputs = self._inputs(self._norm(hidden, norm), (gate, up), exact_rows, overwrites=True)
         gated = self._product(inputs, self._weights.of(gate))
         weight = self._weights.of(up)
         for rows in chunks(len(gated), chunk_tokens(gated.shape[1])):
@@ -109,12 +109,23 @@ class PlainOperations:
     def _norm(self, hidden: Tensor, norm: Tensor) -> Tensor:
         return rms_norm(hidden, norm, self._eps)
 
-    def _inputs(self, states: Tensor, linears: Sequence[Linear], exact_rows: int) -> Activations:
-        """What linears that share their inputs multiply; rounded only where each of them may be."""
+    def _inputs(
+        self,
+        states: Tensor,
+        linears: Sequence[Linear],
+        exact_rows: int,
+        *,
+        overwrites: bool = False,
+    ) -> Activations:
+        """What linears that share their inputs multiply; rounded only where each of them may be.
+
+        It may take the memory of the states where that is said.
+        """
         if self.compute == "int8" and all(linear.rounds_activations for linear in linears):
-            codes, scales = round_rows(states.float())
+            exact = states[:exact_rows].clone()
+            codes, scales = round_rows(states.float(), out=states if overwrites else None)
             if exact_rows:
-                codes[:exact_rows] = states[:exact_rows]
+                codes[:exact_rows] = exact
                 scales[:exact_rows] = 1.0
             return Activations(codes, scales)
         return Activations(states.to(self.dtype), None)
@@ -136,11 +147,12 @@ def chunks(tokens: int, most: int) -> list[slice]:
     return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
 
 
-def round_rows(states: Tensor) -> tuple[Tensor, Tensor]:
+def round_rows(states: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rounds each row to 8 bits: states ≈ codes * scales, error at most half a scale.
 
     Args:
         states: float32 ``[tokens, features]``.
+        out: Where the codes go, if not into new memory; the states themselves will do.
 
     Returns:
         Whole numbers from -127 to 127 as float32 ``[tokens, features]``, and
@@ -150,4 +162,4 @@ def round_rows(states: Tensor) -> tuple[Tensor, Tensor]:
     # The same norm as a reduction of its own would take ten times as long.
     scales = torch.maximum(states.amax(-1, keepdim=True), -states.amin(-1, keepdim=True)).div_(127)
     scales.clamp_min_(torch.finfo(scales.dtype).tiny)
-    return (states / scales).round_(), scales
+    return torch.div(states, scales, out=out).round_(), scales
