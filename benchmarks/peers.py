@@ -7,7 +7,7 @@ and must make the same token ids of them.
 
 * ``sentence-transformers``: float32, batches of 16, its own sorting, over the bundle's ``fp16/``;
 * ``fp32``: the plan of that variant on torch in float32;
-* ``auto``: what the planner chooses at the floor ``strict``;
+* ``auto``: what the planner chooses for the workload at the floor ``strict``;
 * ``llama.cpp F16`` and ``llama.cpp Q8_0``, where llama-cpp-python is installed: what its quantizer
   makes of the demo's GGUF file, given the token ids, since its own tokenizer makes others.
 
@@ -34,10 +34,11 @@ from lowmem import data
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import FLOORS
 from lowmem.artifact.weights import Checkpoint
+from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.measure import measure_ceiling, package_versions
 from lowmem.planner.candidates import Wishes
-from lowmem.planner.choice import choose
+from lowmem.planner.choice import choose, repeated_share
 from lowmem.text.reading import read_rows
 
 KINDS = ("short", "mid", "long", "instructed")
@@ -68,6 +69,18 @@ def workloads(bundle: Bundle, corpus: Path | None, most_tokens: int) -> dict[str
     return {**chosen, "mixed": within(rows)}
 
 
+def prompts_of(bundle: Bundle, rows: Sequence[Row]) -> list[str]:
+    """What stands before each text."""
+    return [bundle.contract.prompt(row.input_type, row.task) for row in rows]
+
+
+def planned(bundle: Bundle, rows: Sequence[Row]) -> Plan:
+    """What the planner chooses for a workload."""
+    repeated = repeated_share([row.text for row in rows], prompts_of(bundle, rows))
+    wishes, floor = Wishes(device="cpu"), FLOORS["strict"]
+    return choose(bundle, wishes=wishes, floor=floor, repeated=repeated).get()
+
+
 def compare(
     bundle: Bundle, engines: Sequence[Engine], rows: Sequence[Row], rounds: int
 ) -> dict[str, Any]:
@@ -76,7 +89,7 @@ def compare(
     Raises:
         SystemExit: They tokenize differently.
     """
-    prompts = [bundle.contract.prompt(row.input_type, row.task) for row in rows]
+    prompts = prompts_of(bundle, rows)
     ids = [engine.ids(rows, prompts) for engine in engines]
     for engine, other in zip(engines, ids, strict=True):
         if other != ids[0]:
@@ -113,14 +126,14 @@ def cosines(expected: Vectors, got: Vectors) -> dict[str, float]:
     return {"mean": float(cosine.mean()), "min": float(cosine.min())}
 
 
-def table(compared: dict[str, dict[str, Any]], ceilings: dict[str, float]) -> str:
+def table(compared: dict[str, dict[str, Any]]) -> str:
     """The comparison for people."""
     lines = [
         f"{'workload':<11} {'tokens':>7} {'engine':<22} {'tok/s':>6} {'ratio':>5} {'of max':>6}"
     ]
     for kind, one in compared.items():
         for name, ratio in one["ratio"].items():
-            share = one["operations_per_second"][name] / ceilings[name]
+            share = one["operations_per_second"][name] / one["ceilings"][name]
             lines.append(
                 f"{kind:<11} {one['tokens']:>7} {name:<22} "
                 f"{one['tokens_per_second'][name]:6.0f} {ratio:5.2f} {share:6.2f}  "
@@ -142,32 +155,37 @@ def main() -> None:
     arguments = parser.parse_args()
     about = None if arguments.quick else record.head("peers-cpu", "make bench")
     bundle = Bundle(arguments.bundle)
-    chosen = choose(bundle, wishes=Wishes(device="cpu"), floor=FLOORS["strict"])
-    fp32 = Wishes("fp16", "torch", "cpu", "fp32", "resident")
-    plans = {
-        PEER: None,
-        "fp32": choose(bundle, wishes=fp32, floor=FLOORS["strict"]).get(),
-        "auto": chosen.get(),
-    }
-    rates = {
-        name: measure_ceiling(bundle.path, plan) for name, plan in plans.items() if plan is not None
-    }
+    rounds, tokens = (QUICK_ROUNDS, QUICK_TOKENS) if arguments.quick else (ROUNDS, TOKENS)
+    found = workloads(bundle, arguments.corpus, tokens)
+    wishes = Wishes("fp16", "torch", "cpu", "fp32", "resident")
+    fp32 = choose(bundle, wishes=wishes, floor=FLOORS["strict"]).get()
+    chosen = {kind: planned(bundle, rows) for kind, rows in found.items()}
+    rates = {plan.id: measure_ceiling(bundle.path, plan) for plan in (fp32, *chosen.values())}
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         files = llama_files(Path(folder))
-        ceilings = dict.fromkeys((PEER, *files), rates["fp32"]) | rates
-        rounds, tokens = (QUICK_ROUNDS, QUICK_TOKENS) if arguments.quick else (ROUNDS, TOKENS)
-        found = workloads(bundle, arguments.corpus, tokens)
-        engines = [Engine(name, plan, bundle.path, Path(folder)) for name, plan in plans.items()]
-        engines += [
+        peer = Engine(PEER, None, bundle.path, Path(folder))
+        exact = Engine("fp32", fp32, bundle.path, Path(folder))
+        autos = {
+            plan.id: Engine("auto", plan, bundle.path, Path(folder)) for plan in chosen.values()
+        }
+        others = [
             Engine(name, None, bundle.path, Path(folder), file) for name, file in files.items()
         ]
         compared = {}
         for kind, rows in found.items():
             print(f"{kind}: {len(rows)} texts", file=sys.stderr, flush=True)
-            compared[kind] = compare(bundle, engines, rows, rounds)
-        for engine in engines:
+            plan = chosen[kind]
+            taking_turns = [peer, exact, autos[plan.id], *others]
+            compared[kind] = {
+                **compare(bundle, taking_turns, rows, rounds),
+                "auto": {"plan": plan.id, "reason": plan.reason},
+                "ceilings": {one.name: rates[fp32.id] for one in taking_turns}
+                | {"auto": rates[plan.id]},
+            }
+        engines = {PEER: peer, "fp32": exact, **autos, **{one.name: one for one in others}}
+        for engine in engines.values():
             engine.close()
-    print(table(compared, ceilings))
+    print(table(compared))
     if about is not None:
         from importlib.metadata import version
 
@@ -179,13 +197,11 @@ def main() -> None:
                 "versions": {**package_versions(), **versions},
                 "model": bundle.manifest.source["name"],
                 "artifact_sha256": {
-                    name: bundle.manifest.artifact_sha256(plan.variant if plan else "fp16")
-                    for name, plan in plans.items()
+                    plan.variant: bundle.manifest.artifact_sha256(plan.variant)
+                    for plan in (fp32, *chosen.values())
                 },
-                "plans": {name: plan.id for name, plan in plans.items() if plan is not None},
-                "auto_reason": chosen.reason,
-                "ceilings": ceilings,
-                "peak_host_bytes": {engine.name: engine.peak.bytes for engine in engines},
+                "fp32": fp32.id,
+                "peak_host_bytes": {name: engine.peak.bytes for name, engine in engines.items()},
                 "workloads": compared,
             },
         )

@@ -48,6 +48,7 @@ def embed(
         raise InputError(f"{input_file} holds no text")
 
     from lowmem.embedder import Embedder
+    from lowmem.planner.choice import repeated_share
 
     prompts, names = _before_planning(Bundle(bundle), rows, input_file, truncate)
     model = Embedder.load(
@@ -58,6 +59,7 @@ def embed(
         compute=compute,
         schedule=schedule,
         floor=floor,
+        repeated=repeated_share([row.text for row in rows], prompts),
     )
     sys.stderr.write(f"plan {model.plan.id}: {model.plan.reason}\n")
     computed = mapped(output.resolve().parent, (len(rows), model.dimensions), "embedding")

@@ -22,6 +22,8 @@ from lowmem.planner.timing import time_plans
 BUILT_IN_TEXTS = ("probe", "quick")
 # By as much the timings of one plan differ from one minute to the next.
 _TIMING_ERROR = 0.1
+# Shorter instructions are computed with every text.
+_SHORTEST_INSTRUCTION = 32
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def choose(
     wishes: Wishes,
     floor: Floor,
     machine: Hardware | None = None,
+    repeated: float = 0.0,
     time_all: bool = False,
     on_plan: Callable[[Plan], None] = lambda plan: None,
 ) -> Choice:
@@ -72,6 +75,8 @@ def choose(
         wishes: What is fixed by name.
         floor: What counts as faithful enough.
         machine: Where to run; probed by default.
+        repeated: Part of what will be embedded that repeats an earlier text's instruction, at
+            least 0 and below 1: there are plans that compute it once.
         time_all: Whether to time every candidate, and not only those the choice is among.
         on_plan: Told each plan before it is timed.
 
@@ -102,14 +107,27 @@ def choose(
         break
     if not tier:
         return Choice(machine, _ordered(plans), None, _nothing_left(plans, bundle))
-    chosen, fastest = _best_of(tier, bundle.contract), max(tier, key=lambda plan: plan.speed)
+    chosen = _best_of(tier, bundle.contract, repeated)
+    fastest = max(tier, key=lambda plan: plan.speed)
     reason, warning = _explain(chosen, kind, len(tier), floor)
     if chosen is not fastest:
-        reason += (
-            f"; {fastest.id} is faster by less than timings differ ({_speed_text(fastest)}), and "
-            "computes an instruction anew for every text"
-        )
+        why = "is faster by less than timings differ, and keeps no instruction"
+        if chosen.speed < (1 - _TIMING_ERROR) * fastest.speed:
+            why = f"would compute again the {repeated:.0%} that are repeated instructions"
+        reason += f"; {fastest.id} ({_speed_text(fastest)}) {why}"
     return Choice(machine, _ordered(plans), chosen, reason, warning)
+
+
+def repeated_share(texts: Sequence[str], prompts: Sequence[str]) -> float:
+    """Part of what is embedded that repeats an earlier text's instruction, about, by characters.
+
+    Args:
+        texts: The texts.
+        prompts: What stands before each.
+    """
+    long = [prompt for prompt in prompts if len(prompt) >= _SHORTEST_INSTRUCTION]
+    repeated = sum(map(len, long)) - sum(map(len, set(long)))
+    return repeated / max(1, sum(map(len, prompts)) + sum(map(len, texts)))
 
 
 def foresee(
@@ -211,15 +229,17 @@ def _best_tier(plans: Sequence[Plan], wishes: Wishes) -> tuple[list[Plan], str]:
     return (running, "failing") if wishes.variant != AUTO else ([], "none")
 
 
-def _best_of(tier: Sequence[Plan], contract: Contract) -> Plan:
+def _best_of(tier: Sequence[Plan], contract: Contract, repeated: float = 0.0) -> Plan:
     """The fastest; of those that timing can hardly tell from it, one that keeps prefixes.
 
-    What is timed has no instruction in common, so what a plan saves there is not in its speed.
+    What is timed has no instruction in common, so what a plan saves there is not in its speed: of
+    texts with a repeated part it computes the rest alone.
     """
     fastest = max(tier, key=lambda plan: plan.speed)
     savers = [plan for plan in tier if shortest_prefix(plan, contract) is not None]
     best = max(savers, key=lambda plan: plan.speed, default=fastest)
-    return best if best.speed >= (1 - _TIMING_ERROR) * fastest.speed else fastest
+    enough = (1 - _TIMING_ERROR) * (1 - repeated) * fastest.speed
+    return best if best.speed >= enough else fastest
 
 
 def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, str | None]:

@@ -5,7 +5,7 @@ import pytest
 from lowmem.artifact.verdict import FLOORS
 from lowmem.compute.plan import Plan
 from lowmem.planner.candidates import Wishes
-from lowmem.planner.choice import _best_of, _best_tier, _explain
+from lowmem.planner.choice import _best_of, _best_tier, _explain, repeated_share
 from tests.models import CONTRACT
 
 FLOOR = FLOORS["standard"]
@@ -57,6 +57,23 @@ def test_of_plans_that_timing_cannot_tell_apart_one_that_keeps_prefixes_is_chose
     assert _best_of([slower, other], CONTRACT) == other
     bidirectional = replace(CONTRACT, is_causal=False)
     assert _best_of([keeps, other], bidirectional) == other
+
+
+def test_what_is_repeated_counts_for_plans_that_compute_it_once():
+    keeps, other = plan("int8", "int8", speed=500), plan("int8", "int8", speed=1000)
+    other = other.with_(engine="onnxruntime")
+    assert _best_of([keeps, other], CONTRACT, 0.4) == other
+    assert _best_of([keeps, other], CONTRACT, 0.5) == keeps
+    assert _best_of([keeps, other], replace(CONTRACT, is_causal=False), 0.9) == other
+
+
+def test_only_instructions_that_came_before_are_repeated():
+    instruction = "Instruct: find the passages that answer\nQuery: "
+    size = len(instruction)
+    assert repeated_share(["a"] * 4, [instruction] * 4) == 3 * size / (4 * size + 4)
+    assert repeated_share(["a"] * 2, [instruction, instruction + "x"]) == 0
+    assert repeated_share(["a"] * 4, ["query: "] * 4) == 0
+    assert repeated_share([], []) == 0
 
 
 @pytest.mark.parametrize(
