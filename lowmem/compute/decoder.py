@@ -123,12 +123,26 @@ def decode_layer(
     prefixes: Sequence[PrefixStates] = (),
 ) -> Tensor:
     """One layer over all tokens: float32 ``[tokens, hidden]`` to the same."""
+    hidden = _add_attention(ops, layer, hidden, rotation, spans, prefixes)
+    return ops.gated_mlp(hidden, layer.mlp_norm, layer.gate, layer.up, layer.down, 0)
+
+
+def _add_attention(
+    ops: Operations,
+    layer: DecoderLayer,
+    hidden: Tensor,
+    rotation: Rotation,
+    spans: Spans,
+    prefixes: Sequence[PrefixStates],
+) -> Tensor:
+    """The residual stream behind attention, of which nothing else is held any more."""
     linears = (layer.query, layer.key, layer.value)
     query, key, value = _heads(ops, layer, hidden, rotation, linears, 0)
+    query = ops.rotate(query, rotation)
     key, value = _behind(prefixes, ops.rotate(key, rotation), value)
-    mixed = ops.attend(ops.rotate(query, rotation), key, value, spans)
-    hidden = ops.project_add(mixed, layer.output, hidden, 0)
-    return ops.gated_mlp(hidden, layer.mlp_norm, layer.gate, layer.up, layer.down, 0)
+    mixed = ops.attend(query, key, value, spans)
+    del query, key, value
+    return ops.project_add(mixed, layer.output, hidden, 0)
 
 
 def decode_prefix(

@@ -7,6 +7,7 @@ arithmetic.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -122,7 +123,7 @@ def run(
     known = {ids: prefixes.get(ids) for batch in batches for ids in _prefixes(batch)}
     shared = {ids: _PrefixStep(ids, states, ends, config, device) for ids, states in known.items()}
     kept: dict[bytes, list[PrefixStates]] = {ids: [] for ids in prefixes.fitting(list(known))}
-    hidden = [_embed(batch.input_ids, ends.embedding).to(device) for batch in batches]
+    hidden = deque(_embed(batch.input_ids, ends.embedding).to(device) for batch in batches)
     steps = [_step(batch, config, contract, device) for batch in batches]
     last_tokens_only = contract.pooling == "lasttoken" and on_layer is None
     for layer in layers:
@@ -136,9 +137,12 @@ def run(
             of_layers.append(left[ids])
         for number, step in enumerate(steps):
             before = [left[ids] for ids in step.prefixes]
-            hidden[number] = decode(ops, layer, hidden[number], step.rotation, step.spans, before)
+            # Taken out, so that the layer can let go of what it has read.
+            states = decode(ops, layer, hidden.popleft(), step.rotation, step.spans, before)
+            hidden.append(states)
             if on_layer is not None:
-                on_layer(layer.index, number, hidden[number])
+                on_layer(layer.index, number, states)
+            del states
     for ids, of_layers in kept.items():
         prefixes.keep(ids, of_layers)
     vectors = []

@@ -27,8 +27,8 @@ CUDA_HOST_BYTES = 900 * MIB
 # glibc keeps freed blocks below this size in its heap, where they are too scattered to be given
 # back.
 _LARGEST_HEAP_BLOCK_BYTES = 32 * MIB
-# On torch that is as much as the activations again, and never more than so many bytes: measured.
-_HEAP_SLACK_BYTES = 315 * MIB
+# What products of matrices above that size, in torch's libraries, take besides: measured.
+_LARGE_PRODUCTS_BYTES = 100 * MIB
 
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
 _LATENT_BLOCK_BYTES = 64 * MIB
@@ -71,8 +71,9 @@ def predict(
     folded, kept = _latent_bytes(config)
     streamed = 2 * layer if plan.schedule == "streamed" else 0
     if plan.device == "cpu":
-        slack = min(activations, _HEAP_SLACK_BYTES)
-        return TORCH_BASE_BYTES + folded + streamed + work + slack, 0
+        widest = PRODUCT_BYTES[plan.compute] * config.intermediate_size * plan.batch_tokens
+        besides = _LARGE_PRODUCTS_BYTES if widest >= _LARGEST_HEAP_BLOCK_BYTES else 0
+        return TORCH_BASE_BYTES + folded + streamed + work + besides, 0
     resident = weights if plan.schedule == "resident" else plan.kept_layers * layer
     host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + streamed
     return host, CUDA_CONTEXT_BYTES + folded + kept + resident + streamed + work
@@ -156,9 +157,10 @@ def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
     attention = 4 * hidden + width * (4 * query + 3 * key)
     # The residual stream, its norm as inputs, and the gate; what meets it goes in two chunks.
     mlp = 4 * hidden + width * (hidden + config.intermediate_size)
-    chunk = min(CHUNK_BYTES, 4 * config.intermediate_size * plan.batch_tokens)
+    whole = 4 * config.intermediate_size * plan.batch_tokens
+    chunk = whole // -(-whole // CHUNK_BYTES)  # equal ones
     chunks = 3 if plan.compute == "int8" else 2  # rounded, what goes into the last product is new
-    return plan.batch_tokens * max(attention, mlp) + chunks * chunk
+    return max(plan.batch_tokens * attention, plan.batch_tokens * mlp + chunks * chunk)
 
 
 def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:
