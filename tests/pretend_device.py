@@ -96,7 +96,7 @@ class PretendDevice(TorchDispatchMode):
 
     Attributes:
         calls: How many operations it has computed.
-        peak_bytes: Most that its tensors have held at once, since it was entered.
+        peak_bytes: Most that its tensors have held at once, since it was entered or reset.
     """
 
     def __init__(self) -> None:
@@ -106,8 +106,17 @@ class PretendDevice(TorchDispatchMode):
         self._lists = _Lists()
 
     @property
+    def held_bytes(self) -> int:
+        """What its tensors hold now."""
+        return sum(_Memory.sizes.values())
+
+    @property
     def peak_bytes(self) -> int:
         return _Memory.peak_bytes
+
+    def reset_peak(self) -> None:
+        """Forgets what was held before."""
+        _Memory.peak_bytes = self.held_bytes
 
     def __enter__(self) -> Self:
         """Makes the device appear."""

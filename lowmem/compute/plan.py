@@ -11,6 +11,8 @@ COMPUTES = ("fp32", "bf16", "fp16", "fp16-acc16", "int8", "fp8")
 COMPUTES_OF_DEVICE = {"cpu": ("fp32", "bf16", "fp16", "int8"), "cuda": COMPUTES}
 INT8_CAPABILITY = (7, 5)
 """Compute capability from which CUDA cards multiply 8-bit matrices in tensor cores."""
+TRITON_CAPABILITY = (8, 0)
+"""From which Triton compiles for them, and its row kernels save time and memory."""
 SCHEDULES = ("resident", "streamed")
 CHUNK_BYTES = 16 * 2**20
 """Size of a temporary in an operation on a CPU; more tokens than fit go through in chunks."""
@@ -18,6 +20,8 @@ DEVICE_CHUNK_TOKENS = 8192
 """The same on a CUDA device, in tokens: weights are dequantized again for each chunk."""
 PLAIN_DEVICE_CHUNK_TOKENS = 2048
 """The same where plain kernels serve there, which hold float32 copies of what they work on."""
+INT_MM_CHUNK_ROWS = 1024
+"""Rows whose 32-bit sums torch's product of 8-bit matrices holds at a time."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from lowmem.compute.plan import (
 from lowmem.errors import BackendError, InputError
 from lowmem.hardware import Hardware
 from lowmem.planner import memory
+from lowmem.planner.device_memory import has_triton
 
 AUTO = "auto"
 BATCH_TOKENS = 4096
@@ -200,7 +201,12 @@ def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     """Predicts a plan's memory, and says so if it is more than there is."""
     formats = subject.formats[plan.variant]
     host, device = memory.predict(
-        plan, subject.config, subject.dtype, formats, has_vnni=hardware.has_vnni
+        plan,
+        subject.config,
+        subject.dtype,
+        formats,
+        has_vnni=hardware.has_vnni,
+        has_triton=has_triton(hardware),
     )
     plan = plan.with_(host_bytes=host, device_bytes=device)
     if host > hardware.host_free_bytes:
@@ -226,7 +232,9 @@ def _keeping_layers(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     kept = min(int(_KEPT_SHARE * free) // layer, config.num_hidden_layers - 1)
     kept = max(0, kept)
     plan = plan.with_(kept_layers=kept)
-    host, device = memory.predict(plan, config, subject.dtype, formats)
+    host, device = memory.predict(
+        plan, config, subject.dtype, formats, has_triton=has_triton(hardware)
+    )
     # Of layers that would not all stay in the page cache until their next turn, none would.
     cache = hardware.host_free_bytes - host - (0 if on_gpu else kept * layer)
     drops_cache = (config.num_hidden_layers - kept) * layer > cache

@@ -10,11 +10,23 @@ from collections.abc import Mapping
 
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import BnbInt8, Format, Int8Channel, Plain
-from lowmem.compute.plan import DEVICE_CHUNK_TOKENS, PLAIN_DEVICE_CHUNK_TOKENS, Plan
+from lowmem.compute.plan import (
+    DEVICE_CHUNK_TOKENS,
+    INT_MM_CHUNK_ROWS,
+    PLAIN_DEVICE_CHUNK_TOKENS,
+    TRITON_CAPABILITY,
+    Plan,
+)
+from lowmem.hardware import Hardware
 
 # What is multiplied, where that is what is stored.
 _NATIVE = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp16-acc16": "F16"}
 _EIGHT_BIT = ("int8", "fp8")
+
+
+def has_triton(machine: Hardware) -> bool:
+    """Whether Triton compiles for the card, where there is one."""
+    return not machine.gpus or machine.gpus[0].compute_capability >= TRITON_CAPABILITY
 
 
 def scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
@@ -32,10 +44,13 @@ def scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]
     return largest * (width + (1 if plan.compute in _EIGHT_BIT else 0))
 
 
-def activation_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
+def activation_bytes(
+    plan: Plan, config: ModelConfig, formats: Mapping[str, Format], has_triton: bool = True
+) -> int:
     """What the widest moment of a layer holds for one batch: attention's or the MLP's."""
-    tokens = plan.batch_tokens
-    width = 4 if plan.compute == "fp32" else 2
+    if plan.compute == "fp32" or not has_triton:
+        return _plain_bytes(plan, config)
+    tokens, width = plan.batch_tokens, 2
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.query_size, config.key_value_size
     # Rows on their way into a product, rounded or as they are; twice where they are kept exact.
@@ -46,9 +61,24 @@ def activation_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Form
         rows = 2
     # The residual stream; inputs, q, k and v, or then q, k, v and the mixed heads.
     attention = 4 * hidden + max(rows * hidden, width * query) + width * (query + 2 * key)
-    if plan.compute == "fp32":  # by length: heads repeated, and SDPA's result before it is placed
-        attention += width * 3 * query
     # The residual stream as it was and as it becomes; gate and up, and what they make together.
-    chunk = PLAIN_DEVICE_CHUNK_TOKENS if plan.compute == "fp32" else DEVICE_CHUNK_TOKENS
-    mlp = 8 * hidden * tokens + (2 * width + rows) * inner * min(tokens, chunk)
-    return max(attention * tokens, mlp)
+    chunk = min(tokens, DEVICE_CHUNK_TOKENS)
+    return max(attention * tokens, 8 * hidden * tokens + (2 * width + rows) * inner * chunk)
+
+
+def _plain_bytes(plan: Plan, config: ModelConfig) -> int:
+    """The same where torch's own kernels serve, which work in float32."""
+    tokens, hidden, inner = plan.batch_tokens, config.hidden_size, config.intermediate_size
+    query, key = config.query_size, config.key_value_size
+    chunk = min(tokens, PLAIN_DEVICE_CHUNK_TOKENS)
+    if plan.compute == "fp32":
+        # q, heads of k and v as they are and repeated, SDPA's result and where it is placed.
+        attention = 4 * hidden + 4 * (5 * query + 2 * key)
+        gated = 12 * chunk  # gate, up, and their product
+    else:
+        # q, k and v; while q is rotated its float32 form, the result, and that in 16 bits.
+        attention = 4 * hidden + 2 * (query + 2 * key) + 10 * query
+        gated = 10 * chunk  # gate, up, and their product in float32 and in 16 bits
+        if plan.compute in _EIGHT_BIT:  # or sums of codes, and what they become
+            gated = max(gated, 4 * chunk + 8 * min(chunk, INT_MM_CHUNK_ROWS))
+    return max(attention * tokens, 8 * hidden * tokens + gated * inner)

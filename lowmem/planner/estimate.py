@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import BnbInt8, Format, Int8Channel, Plain, linear_bytes
 from lowmem.artifact.weights import module_shapes
-from lowmem.compute.plan import COMPUTES, DEVICE_CHUNK_TOKENS, Plan
+from lowmem.compute.plan import COMPUTES, DEVICE_CHUNK_TOKENS, TRITON_CAPABILITY, Plan
 from lowmem.hardware import Gpu
 
 TEXT_TOKENS = 512
@@ -37,7 +37,6 @@ _EIGHT_BIT = ("int8", "fp8")
 # kernels make several of each; those of Triton read and write 16 bits or less, once.
 _PLAIN_PASSES, _FUSED_PASSES = (16, 9, 8), (8, 3, 3)
 _ROUNDING_PASSES = 5
-_TRITON_CAPABILITY = (8, 0)
 # Bytes moved per weight to unpack codes by plain kernels: of 8 bits, or of fewer by a table.
 _BYTE_CODES_BYTES, _TABLE_CODES_BYTES = 4, 16
 
@@ -76,7 +75,7 @@ def tokens_per_second(
     attention = 2 * config.num_hidden_layers * config.query_size * text_tokens * tokens
     # Attention is computed in 16 bits, unless all is in 32.
     mixing = rate if arithmetic == "fp32" else (gpu.rates or {}).get("fp16", rate)
-    is_fused = gpu.compute_capability >= _TRITON_CAPABILITY and arithmetic != "fp32"
+    is_fused = gpu.compute_capability >= TRITON_CAPABILITY and arithmetic != "fp32"
     stored, dequantized = _weight_bytes(config, formats, arithmetic, is_fused)
     chunks = tokens / min(plan.batch_tokens, DEVICE_CHUNK_TOKENS)
     moved = tokens * _activation_bytes(plan, config, is_fused) + chunks * dequantized

@@ -43,6 +43,7 @@ def predict(
     formats: Mapping[str, Format],
     *,
     has_vnni: bool = True,
+    has_triton: bool = True,
 ) -> tuple[int, int]:
     """Peak memory of a plan.
 
@@ -52,6 +53,7 @@ def predict(
         dtype: F16 or BF16, of everything but the linears.
         formats: Format of every linear.
         has_vnni: Whether the CPU has; without it ONNX Runtime makes unsigned codes of signed ones.
+        has_triton: Whether the card has; without it plain kernels hold float32 copies.
 
     Returns:
         Bytes on the host and on the device, the latter 0 for a CPU plan.
@@ -62,7 +64,7 @@ def predict(
     layer = largest_layer_bytes(config, formats)
     if plan.device == "cuda":
         scratch = device_memory.scratch_bytes(plan, config, formats)
-        activations = device_memory.activation_bytes(plan, config, formats)
+        activations = device_memory.activation_bytes(plan, config, formats, has_triton)
     else:
         scratch = _scratch_bytes(plan, config, formats)
         activations = _activation_bytes(plan, config)

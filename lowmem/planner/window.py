@@ -18,6 +18,7 @@ from lowmem.compute.plan import Plan
 from lowmem.hardware import Hardware
 from lowmem.planner import memory
 from lowmem.planner.candidates import Subject
+from lowmem.planner.device_memory import has_triton
 
 # A disk or a bus is not always as fast as it was while it was measured.
 MARGIN = 1.5
@@ -51,12 +52,12 @@ def sized(
     )
     hiding_tokens = streamed / copy_bandwidth * tokens_per_second
     needed = max(1, math.ceil(MARGIN * hiding_tokens / plan.batch_tokens))
-    least = _predicted(plan, 1, subject)
+    least = _predicted(plan, 1, subject, machine)
     if plan.device == "cuda":
         left = machine.gpus[0].free_bytes - least.device_bytes
     else:
         left = machine.host_free_bytes - least.host_bytes
-    more = _predicted(plan, 2, subject)
+    more = _predicted(plan, 2, subject, machine)
     batch_bytes = more.host_bytes + more.device_bytes - least.host_bytes - least.device_bytes
     most = 1 + max(0, left) // batch_bytes
     batches = min(needed, most)
@@ -67,7 +68,7 @@ def sized(
     )
     if tokens < hiding_tokens:
         reason += f", and memory holds {tokens}"
-    return _predicted(plan, batches, subject).with_(reason=reason)
+    return _predicted(plan, batches, subject, machine).with_(reason=reason)
 
 
 def read_bandwidth(path: Path) -> float:
@@ -91,9 +92,11 @@ def read_bandwidth(path: Path) -> float:
         return done / (time.perf_counter() - start)
 
 
-def _predicted(plan: Plan, batches: int, subject: Subject) -> Plan:
+def _predicted(plan: Plan, batches: int, subject: Subject, machine: Hardware) -> Plan:
     """The plan with a window of so many batches, and its memory."""
     plan = plan.with_(window_tokens=batches * plan.batch_tokens)
     formats = subject.formats[plan.variant]
-    host, device = memory.predict(plan, subject.config, subject.dtype, formats)
+    host, device = memory.predict(
+        plan, subject.config, subject.dtype, formats, has_triton=has_triton(machine)
+    )
     return plan.with_(host_bytes=host, device_bytes=device)

@@ -70,4 +70,4 @@ def test_what_a_card_holds_stays_within_what_is_asked_for(tmp_path: Path) -> Non
             onnx=False,
         )
     bound = card_bytes(source.config) - CUDA_BYTES
-    assert 0.5 * bound < device.peak_bytes < bound
+    assert 0.4 * bound < device.peak_bytes < bound

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem.compute.kernels.rows import Rows
+from lowmem.compute.plan import INT_MM_CHUNK_ROWS
 
 # torch._int_mm takes more than 16 rows, and multiples of 8 features; torch._scaled_mm of 16.
 _FEWEST_ROWS = 32
 _INT8_MULTIPLE = 8
 _FP8_MULTIPLE = 16
-_CHUNK_ROWS = 1024
 
 
 def multiply_int8(
@@ -42,8 +42,8 @@ def multiply_int8(
     weight = _padded(weight, _INT8_MULTIPLE, _INT8_MULTIPLE)
     total = len(rows.values)
     result = torch.empty(total, out_features, dtype=dtype, device=weight.device)
-    for begin in range(0, total, _CHUNK_ROWS):
-        part = slice(begin, min(begin + _CHUNK_ROWS, total))
+    for begin in range(0, total, INT_MM_CHUNK_ROWS):
+        part = slice(begin, min(begin + INT_MM_CHUNK_ROWS, total))
         codes = rows.values[part]
         count = len(codes)
         if count < _FEWEST_ROWS or codes.shape[1] % _INT8_MULTIPLE:

@@ -23,7 +23,8 @@ def normalize(
 
 def gate(gate: Tensor, up: Tensor, dtype: torch.dtype, exact_rows: int = 0) -> Rows:
     """SiLU(gate) * up, rounded."""
-    return round_rows(F.silu(gate.float()).mul_(up), dtype, exact_rows)
+    wide = gate.float()  # itself where it is float32
+    return round_rows(F.silu(wide, inplace=wide is not gate).mul_(up), dtype, exact_rows)
 
 
 def round_rows(states: Tensor, dtype: torch.dtype, exact_rows: int = 0) -> Rows:
@@ -64,4 +65,4 @@ def _round(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scales = torch.linalg.vector_norm(states, torch.inf, dim=-1).div_(LARGEST_CODE[dtype])
     scales.clamp_min_(torch.finfo(scales.dtype).tiny)
     quotients = states / scales[:, None]
-    return (quotients.round() if dtype == torch.int8 else quotients).to(dtype), scales
+    return (quotients.round_() if dtype == torch.int8 else quotients).to(dtype), scales

@@ -30,13 +30,16 @@ from lowmem.compute.operations.cuda_products import (
 )
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear
-from lowmem.compute.plan import DEVICE_CHUNK_TOKENS, INT8_CAPABILITY, PLAIN_DEVICE_CHUNK_TOKENS
+from lowmem.compute.plan import (
+    DEVICE_CHUNK_TOKENS,
+    INT8_CAPABILITY,
+    PLAIN_DEVICE_CHUNK_TOKENS,
+    TRITON_CAPABILITY,
+)
 from lowmem.errors import BackendError
 
 logger = logging.getLogger(__name__)
 
-# What Triton compiles for; its row kernels save time only on cards that it is made for.
-_TRITON_CAPABILITY = (8, 0)
 _FLASH_CAPABILITY = (8, 0)
 _FP8_CAPABILITY = (8, 9)
 
@@ -75,7 +78,7 @@ def route(compute: str, capability: tuple[int, int], has_triton: bool) -> Route:
     Raises:
         BackendError: The card does not have this arithmetic.
     """
-    triton = has_triton and capability >= _TRITON_CAPABILITY and compute != "fp32"
+    triton = has_triton and capability >= TRITON_CAPABILITY and compute != "fp32"
     flash = capability >= _FLASH_CAPABILITY and compute != "fp32"
     match compute:
         case "fp32":
@@ -105,7 +108,7 @@ def cuda_operations(compute: str, rms_norm_eps: float, head_dim: int) -> CudaOpe
         BackendError: The card or torch does not have this arithmetic, or gets it wrong.
     """
     capability = torch.cuda.get_device_capability()
-    may_use_triton = compute != "fp32" and capability >= _TRITON_CAPABILITY
+    may_use_triton = compute != "fp32" and capability >= TRITON_CAPABILITY
     chosen = route(compute, capability, may_use_triton and triton_works("cuda"))
     kernels, dequantize = row_kernels(chosen.uses_triton)
     product: Product
@@ -191,7 +194,7 @@ class CudaOperations:
 
         Goes in chunks of tokens, large enough that bringing in the weights for each costs little.
         """
-        parts = []
+        total = torch.empty_like(hidden)
         for begin in range(0, len(hidden), self._chunk):
             part = hidden[begin : begin + self._chunk]
             exact = min(max(0, exact_rows - begin), len(part))
@@ -203,8 +206,9 @@ class CudaOperations:
             exact = _exact_rows((down,), exact, len(part))
             rows = self._kernels.gate(gated, raised, self._inputs, exact)
             del gated, raised
-            parts.append(self._product(rows, down, part))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            total[begin : begin + len(part)] = self._product(rows, down, part)
+            del rows
+        return total
 
 
 def row_kernels(uses_triton: bool) -> tuple[RowKernels, Dequantize]:
