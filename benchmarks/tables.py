@@ -81,7 +81,7 @@ def peers_table(record: dict[str, Any]) -> str:
     peer = "sentence-transformers"
     others = set(workloads["short"]["ratio"]) - {peer, "fp32", "auto"}
     ours = ["fp32", "auto", *sorted(others)]
-    titles = [f"`{record['plans'].get(name, name).removesuffix('-resident')}`" for name in ours]
+    titles = [f"`{_short(record['fp32'])}`", "the planner's choice", *sorted(others)]
     lines = [
         f"| texts | tokens | {peer} | {' | '.join(titles)} |",
         "| --- | ---: | ---: |" + " ---: |" * len(ours),
@@ -93,7 +93,15 @@ def peers_table(record: dict[str, Any]) -> str:
             f"| {name} ({one['texts']}) | {one['tokens']} | {speeds[peer]:.0f} "
             f"| {' | '.join(cells)} |"
         )
-    return "\n".join([*lines, "", f"Tokens per second. {_source(record)}"])
+    chosen: dict[str, list[str]] = {}
+    for name, one in workloads.items():
+        chosen.setdefault(_short(one["auto"]["plan"]), []).append(name)
+    choices = "; ".join(f"`{plan}` for {', '.join(names)}" for plan, names in chosen.items())
+    return "\n".join([*lines, "", f"Tokens per second. Chosen: {choices}. {_source(record)}"])
+
+
+def _short(plan: str) -> str:
+    return plan.removesuffix("-resident")
 
 
 _TITLES = {
