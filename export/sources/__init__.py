@@ -16,7 +16,7 @@ from export.sources.huggingface import HuggingFaceDirectory
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.tensors import RawTensor
 from lowmem.errors import InputError
-from lowmem.hub import parse_id
+from lowmem.hub import HubModel, parse_id
 from lowmem.progress import Progress
 
 __all__ = ["GgufFile", "HuggingFaceDirectory", "Source", "open_source"]
@@ -102,23 +102,32 @@ def open_source(
         BackendError: It is a ``.gguf`` file, and the package gguf is not installed; or the hub
             cannot be reached.
     """
+    model = hub_model(source)
+    if model is not None:
+        return open_hub_model(model, accepts_licence, progress)
     path = Path(source)
-    opened: Source
-    if path.is_dir():
-        opened = HuggingFaceDirectory(path)
-    elif path.is_file() and path.suffix == ".gguf":
-        opened = GgufFile(path)
-    elif path.exists():
+    opened: Source = HuggingFaceDirectory(path) if path.is_dir() else GgufFile(path)
+    licences.check(opened.licence, accepts_licence, opened.name)
+    return opened
+
+
+def hub_model(source: Path | str) -> HubModel | None:
+    """The model on the hub that a source names, or None where it is a checkpoint on the disk.
+
+    Raises:
+        InputError: It is neither.
+    """
+    path = Path(source)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return None
+    if path.exists():
         raise InputError(
             f"a source must be a model directory, a .gguf file or a hub id, got the file {path}"
         )
-    else:
-        model = parse_id(str(source))
-        if model is None:
-            raise InputError(
-                "a source must be a model directory, a .gguf file or a hub id ORG/NAME; there is "
-                f"no {path}"
-            )
-        return open_hub_model(model, accepts_licence, progress)
-    licences.check(opened.licence, accepts_licence, opened.name)
-    return opened
+    model = parse_id(str(source))
+    if model is None:
+        raise InputError(
+            "a source must be a model directory, a .gguf file or a hub id ORG/NAME; there is no "
+            f"{path}"
+        )
+    return model

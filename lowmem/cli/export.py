@@ -169,8 +169,9 @@ def _calibrating_device(wanted: str, config: ModelConfig) -> str:
 def _known_models(source: str) -> Sequence[str]:
     """Models that the source may be; of one on the hub only its configuration is brought."""
     from export.detection import detect
+    from export.sources import hub_model
 
-    model = None if os.path.exists(source) else hub.parse_id(source)
+    model = hub_model(source)
     if model is None:
         return detect(Path(source))
     exact = detect(Path(source), model.name)

@@ -16,6 +16,7 @@ from lowmem.artifact.tensors import some_names
 from lowmem.artifact.verdict import parse_floor
 from lowmem.cli import options
 from lowmem.compute.plan import Plan
+from lowmem.errors import InputError
 from lowmem.planner import cards
 from lowmem.planner.candidates import Subject, Wishes
 from lowmem.planner.choice import Choice, choose, foresee
@@ -140,7 +141,11 @@ def _wrapped(text: str) -> str:
 
 def _directory(subject: str) -> Path:
     """Where the subject lies; of a model on the hub its ``config.json`` alone is brought."""
-    model = hub.parse_id(subject)
-    if model is None or os.path.exists(subject):
+    if os.path.isdir(subject):
         return Path(subject)
+    model = None if os.path.exists(subject) else hub.parse_id(subject)
+    if model is None:
+        raise InputError(
+            f"plan takes a bundle, a model directory or a hub id ORG/NAME, and {subject!r} is none"
+        )
     return hub.fetch(model, "config.json").parent

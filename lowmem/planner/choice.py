@@ -165,16 +165,25 @@ def foresee(
     chosen = max(known, key=lambda plan: plan.speed)
     untimed = "nothing was timed: the machine is described" if bundle else "nothing is exported yet"
     if len(known) > 1 and not chosen.speed:
-        reason = f"{untimed}; {len(known)} plans are to be timed there, and have no estimate"
+        reason = (
+            f"{untimed}; {len(known)} {kind} plans are to be timed there, and have no estimate"
+            f"{_would_be_chosen(plans, chosen)}"
+        )
         return Choice(machine, _ordered(plans), None, reason)
     reason, warning = _explain(chosen, kind, len(known), floor)
     if len(known) < len(tier):
         reason += f", and {len(tier) - len(known)} such plans have no estimate"
+    reason += _would_be_chosen(plans, chosen)
+    return Choice(machine, _ordered(plans), chosen, f"{untimed}; {reason}", warning)
+
+
+def _would_be_chosen(plans: Sequence[Plan], chosen: Plan) -> str:
+    """Names the plan that has no report and would be faster, if there is one."""
     unjudged = [plan for plan in plans if plan.dropped is None and plan.fidelity == "unverified"]
     fastest = max(unjudged, key=lambda plan: plan.speed, default=chosen)
-    if fastest.speed > chosen.speed:
-        reason += f"; {fastest.id}, {_speed_text(fastest)}, would be chosen if its report passed"
-    return Choice(machine, _ordered(plans), chosen, f"{untimed}; {reason}", warning)
+    if fastest.speed <= chosen.speed:
+        return ""
+    return f"; {fastest.id}, {_speed_text(fastest)}, would be chosen if its report passed"
 
 
 def _with_window(plan: Plan, subject: Subject, machine: Hardware) -> Plan:
@@ -233,13 +242,19 @@ def _best_of(tier: Sequence[Plan], contract: Contract, repeated: float = 0.0) ->
     """The fastest; of those that timing can hardly tell from it, one that keeps prefixes.
 
     What is timed has no instruction in common, so what a plan saves there is not in its speed: of
-    texts with a repeated part it computes the rest alone.
+    texts with a repeated part it computes the rest alone. That part never changes the variant:
+    queries are to be compared with documents, which repeat nothing.
     """
-    fastest = max(tier, key=lambda plan: plan.speed)
     savers = [plan for plan in tier if shortest_prefix(plan, contract) is not None]
-    best = max(savers, key=lambda plan: plan.speed, default=fastest)
-    enough = (1 - _TIMING_ERROR) * (1 - repeated) * fastest.speed
-    return best if best.speed >= enough else fastest
+
+    def best_of(savers: Sequence[Plan], fastest: Plan, repeated: float) -> Plan:
+        best = max(savers, key=lambda plan: plan.speed, default=fastest)
+        enough = (1 - _TIMING_ERROR) * (1 - repeated) * fastest.speed
+        return best if best.speed >= enough else fastest
+
+    chosen = best_of(savers, max(tier, key=lambda plan: plan.speed), 0.0)
+    alike = [plan for plan in savers if plan.variant == chosen.variant]
+    return best_of(alike, chosen, repeated) if repeated else chosen
 
 
 def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, str | None]:

@@ -65,6 +65,9 @@ def test_what_is_repeated_counts_for_plans_that_compute_it_once():
     assert _best_of([keeps, other], CONTRACT, 0.4) == other
     assert _best_of([keeps, other], CONTRACT, 0.5) == keeps
     assert _best_of([keeps, other], replace(CONTRACT, is_causal=False), 0.9) == other
+    # Documents, which repeat nothing, get the other plan: their queries keep its variant.
+    assert _best_of([plan("int4", speed=850), keeps, other], CONTRACT, 0.5) == keeps
+    assert _best_of([plan("int4", speed=800), other], CONTRACT, 0.5) == other
 
 
 def test_only_instructions_that_came_before_are_repeated():

@@ -123,7 +123,7 @@ def test_without_rates_nothing_is_ranked():
     found = foreseen(replace(HOST, gpus=(gpu,)))
     assert found.chosen is None
     assert found.reason == (
-        "nothing is exported yet; 3 plans are to be timed there, and have no estimate"
+        "nothing is exported yet; 3 trusted plans are to be timed there, and have no estimate"
     )
     alone = foreseen(replace(HOST, gpus=(gpu,)), variant="int4", device="cuda", compute="fp16")
     assert alone.chosen is not None
