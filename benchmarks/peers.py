@@ -160,13 +160,17 @@ def main() -> None:
     wishes = Wishes("fp16", "torch", "cpu", "fp32", "resident")
     fp32 = choose(bundle, wishes=wishes, floor=FLOORS["strict"]).get()
     chosen = {kind: planned(bundle, rows) for kind, rows in found.items()}
-    rates = {plan.id: measure_ceiling(bundle.path, plan) for plan in (fp32, *chosen.values())}
+    # Workloads share plans: one process and one ceiling for each.
+    plans = {plan.id: plan for plan in chosen.values()}
+    rates = {
+        name: measure_ceiling(bundle.path, plan) for name, plan in {**plans, fp32.id: fp32}.items()
+    }
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         files = llama_files(Path(folder))
         peer = Engine(PEER, None, bundle.path, Path(folder))
         exact = Engine("fp32", fp32, bundle.path, Path(folder))
         autos = {
-            plan.id: Engine("auto", plan, bundle.path, Path(folder)) for plan in chosen.values()
+            name: Engine("auto", plan, bundle.path, Path(folder)) for name, plan in plans.items()
         }
         others = [
             Engine(name, None, bundle.path, Path(folder), file) for name, file in files.items()
@@ -198,7 +202,7 @@ def main() -> None:
                 "model": bundle.manifest.source["name"],
                 "artifact_sha256": {
                     plan.variant: bundle.manifest.artifact_sha256(plan.variant)
-                    for plan in (fp32, *chosen.values())
+                    for plan in (fp32, *plans.values())
                 },
                 "fp32": fp32.id,
                 "peak_host_bytes": {name: engine.peak.bytes for name, engine in engines.items()},

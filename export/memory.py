@@ -93,7 +93,7 @@ def calibrating_device(wanted: str, config: ModelConfig, hardware: Hardware) -> 
     if wanted == "cpu":
         return "cpu", "asked for"
     if not hardware.gpus:
-        problem = f"there is no CUDA device: {hardware.gpu_problem or 'none is visible'}"
+        problem = hardware.why_no_gpu
     elif not torch.cuda.is_available():
         problem = "torch finds no CUDA device that it can use"
     else:

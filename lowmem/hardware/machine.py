@@ -101,6 +101,11 @@ class Hardware:
     gpu_problem: str | None = None
 
     @property
+    def why_no_gpu(self) -> str:
+        """What an error says where a card was asked for and there is none."""
+        return f"there is no CUDA device: {self.gpu_problem or 'none is visible'}"
+
+    @property
     def has_native_bf16(self) -> bool:
         """Multiplies bf16 in hardware; elsewhere bf16 is widened first, and fp32 is faster."""
         return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(self.cpu_features)

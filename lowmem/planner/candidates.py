@@ -133,9 +133,7 @@ class Wishes:
                     f"{name} must be auto or one of {', '.join(sorted(values))}, got {wish!r}"
                 )
         if self.device == "cuda" and not hardware.gpus:
-            raise BackendError(
-                f"there is no CUDA device: {hardware.gpu_problem or 'none is visible'}"
-            )
+            raise BackendError(hardware.why_no_gpu)
 
 
 def candidates(subject: Subject, hardware: Hardware, wishes: Wishes) -> list[Plan]:

@@ -246,15 +246,15 @@ def _best_of(tier: Sequence[Plan], contract: Contract, repeated: float = 0.0) ->
     queries are to be compared with documents, which repeat nothing.
     """
     savers = [plan for plan in tier if shortest_prefix(plan, contract) is not None]
-
-    def best_of(savers: Sequence[Plan], fastest: Plan, repeated: float) -> Plan:
-        best = max(savers, key=lambda plan: plan.speed, default=fastest)
-        enough = (1 - _TIMING_ERROR) * (1 - repeated) * fastest.speed
-        return best if best.speed >= enough else fastest
-
-    chosen = best_of(savers, max(tier, key=lambda plan: plan.speed), 0.0)
+    chosen = _fast_enough(savers, max(tier, key=lambda plan: plan.speed))
     alike = [plan for plan in savers if plan.variant == chosen.variant]
-    return best_of(alike, chosen, repeated) if repeated else chosen
+    return _fast_enough(alike, chosen, repeated) if repeated else chosen
+
+
+def _fast_enough(savers: Sequence[Plan], rival: Plan, repeated: float = 0.0) -> Plan:
+    """The fastest of plans that keep prefixes, or the rival where that would take longer."""
+    best = max(savers, key=lambda plan: plan.speed, default=rival)
+    return best if best.speed >= (1 - _TIMING_ERROR) * (1 - repeated) * rival.speed else rival
 
 
 def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, str | None]:
