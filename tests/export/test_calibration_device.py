@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from export.memory import CUDA_BYTES, card_bytes
-from export.pipeline import export
 from export.sources import open_source
 from lowmem import data
-from lowmem.artifact.manifest import Bundle, Manifest
 from lowmem.compute.operations import products
-from tests.models import CONTRACT, tiny_checkpoint
+from tests.bundles import write_bundle
+from tests.models import tiny_checkpoint
 from tests.pretend_device import DEVICE, PretendDevice
 
 VARIANTS = ("int8", "int4", "int4-6", "bnb-int8", "bnb-nf4")
@@ -36,38 +35,20 @@ def test_a_device_gives_the_bytes_of_the_cpu(
     checkpoint = tiny_checkpoint(tmp_path / "tiny", dtype=dtype)
     rows = data.load("calibration")[:60]
 
-    def write(device: str) -> Manifest:
-        path = tmp_path / device
-        export(
-            open_source(checkpoint.path),
-            path,
-            CONTRACT,
-            variants=VARIANTS,
-            calibration=rows,
-            device=device,
-            onnx=False,
-        )
-        return Bundle(path).manifest
-
-    expected = write("cpu")
+    expected = write_bundle(checkpoint.path, tmp_path / "cpu", VARIANTS, calibration=rows)
     with PretendDevice() as device:
-        assert write(DEVICE) == expected
+        found = write_bundle(
+            checkpoint.path, tmp_path / "device", VARIANTS, calibration=rows, device=DEVICE
+        )
+    assert found == expected
     assert device.calls > 1000
 
 
 def test_what_a_card_holds_stays_within_what_is_asked_for(tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1792}
-    source = open_source(tiny_checkpoint(tmp_path / "tiny", layers=1, **shape).path)
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", layers=1, **shape).path
     rows = data.load("calibration")[:10]
     with PretendDevice() as device:
-        export(
-            source,
-            tmp_path / "bundle",
-            CONTRACT,
-            variants=["int4"],
-            calibration=rows,
-            device=DEVICE,
-            onnx=False,
-        )
-    bound = card_bytes(source.config) - CUDA_BYTES
+        write_bundle(checkpoint, tmp_path / "bundle", ["int4"], calibration=rows, device=DEVICE)
+    bound = card_bytes(open_source(checkpoint).config) - CUDA_BYTES
     assert 0.4 * bound < device.peak_bytes < bound

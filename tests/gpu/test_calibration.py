@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from export.memory import CUDA_BYTES, card_bytes
-from export.pipeline import export
 from export.sources import open_source
 from lowmem import data
-from lowmem.artifact.manifest import Bundle, Manifest
-from tests.models import CONTRACT, tiny_checkpoint
+from lowmem.artifact.manifest import Manifest
+from tests.bundles import write_bundle
+from tests.models import tiny_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,26 +24,13 @@ NEAR = 0.05
 
 def test_a_card_loses_as_little_as_the_cpu(tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1792}
-    source = open_source(tiny_checkpoint(tmp_path / "tiny", layers=2, **shape).path)
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", layers=2, **shape).path
     rows = data.load("calibration")[:60]
-
-    def write(device: str) -> Manifest:
-        path = tmp_path / device
-        export(
-            source,
-            path,
-            CONTRACT,
-            variants=VARIANTS,
-            calibration=rows,
-            device=device,
-            onnx=False,
-        )
-        return Bundle(path).manifest
-
-    expected = write("cpu")
+    expected = write_bundle(checkpoint, tmp_path / "cpu", VARIANTS, calibration=rows)
     torch.cuda.reset_peak_memory_stats()
-    found = write("cuda")
-    assert torch.cuda.max_memory_allocated() < card_bytes(source.config) - CUDA_BYTES
+    found = write_bundle(checkpoint, tmp_path / "cuda", VARIANTS, calibration=rows, device="cuda")
+    bound = card_bytes(open_source(checkpoint).config) - CUDA_BYTES
+    assert torch.cuda.max_memory_allocated() < bound
     for name in VARIANTS:
         assert errors(found, name) == pytest.approx(errors(expected, name), rel=NEAR)
 
