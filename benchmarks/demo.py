@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from lowmem import Embedder
+from lowmem.cli.options import wrapped
 from lowmem.cli.report import BELOW_THE_FLOOR
 
 CONTRACT = Path(__file__).parent / "smollm2.json"
@@ -28,14 +30,15 @@ DOCUMENTS = [
 ]
 QUERIES = ["Where is the Eiffel Tower?", "How do plants make their food?"]
 ABOUT = """
-SmolLM2-135M-Instruct is a stand-in: a small real decoder with the shape of the 7B models, a real
-tokenizer and real outliers in its activations. It was never trained to embed, so the ranking above
-shows that the path works, and nothing about quality. What the report measures, how faithful each
-plan is to the 16-bit reference, is as real as it would be for a 7B model.
+SmolLM2-135M-Instruct is a stand-in: a small real decoder with the shape of the
+7B models, a real tokenizer and real outliers in its activations. It was never
+trained to embed, so the ranking above shows that the path works, and nothing
+about quality. What the report measures, how faithful each plan is to the 16-bit
+reference, is as real as it would be for a 7B model.
 
-The quantized variants were calibrated on built-in texts that share nothing with the report's. A
-plan below the standard floor, if there is one, ends the report with status 3, and the planner
-leaves it alone. Both are as they should be.
+The quantized variants were calibrated on built-in texts that share nothing with
+the report's. A plan below the standard floor, if there is one, ends the report
+with status 3, and the planner leaves it alone. Both are as they should be.
 """
 
 
@@ -64,7 +67,7 @@ def main() -> None:
         for number in row.argsort()[::-1]:
             print(f"  {row[number]:.3f}  {DOCUMENTS[number]}")
     chosen = json.loads(plans)
-    print(f"\nChosen: {chosen['chosen']}, {chosen['reason']}.")
+    print("\n" + wrapped(f"Chosen: {chosen['chosen']}, {chosen['reason']}.", rest=""))
     print(ABOUT)
     print(f"Report: {directory / 'report.html'}   ({time.monotonic() - start:.0f} s in all)")
 
@@ -75,10 +78,16 @@ def smollm2() -> Path:
     return Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
 
 
+def shown_path(word: str) -> str:
+    """An argument as it is printed: a path below the working directory from there on."""
+    return word.removeprefix(f"{Path.cwd()}/")
+
+
 def lowmem(*arguments: object, expected: tuple[int, ...] = (0,), shown: bool = True) -> str:
     """Runs the command line as a user would, and returns what it printed."""
     words = [str(argument) for argument in arguments]
-    print(f"\n$ lowmem {' '.join(words)}\n", flush=True)
+    command = wrapped(shlex.join(["lowmem", *map(shown_path, words)]), "$ ", "    ")
+    print("\n" + command.replace("\n", " \\\n") + "\n", flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "lowmem", *words], stdout=subprocess.PIPE, text=True, check=False
     )

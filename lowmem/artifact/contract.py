@@ -65,7 +65,8 @@ class Contract:
                 default; the empty string means none, and so what stands before a document.
 
         Raises:
-            InputError: The input type is unknown, or a task is needed and there is no default.
+            InputError: The input type is unknown, a task is needed and there is no default, or it
+                is a name but for its capitals.
         """
         if input_type not in ("query", "document"):
             raise InputError(f"input_type must be query or document, got {input_type!r}")
@@ -81,6 +82,10 @@ class Contract:
                 "a query needs a task for this model, and its contract has no default: "
                 f"give an instruction, or one of its task names (known: {known})"
             )
+        if task not in self.tasks:
+            for name in self.tasks:
+                if name.casefold() == task.casefold():
+                    raise InputError(f"the contract has no task {task!r}: its name is {name!r}")
         instruction = self.tasks.get(task, task)
         if instruction:
             return before.replace(_TASK, instruction)

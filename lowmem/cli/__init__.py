@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -13,12 +15,31 @@ from lowmem.errors import LowmemError
 
 app = typer.Typer(
     name="lowmem",
-    help="Embeddings of a 7B model on your own machine, and what quantization did to them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lowmem {metadata.version('lowmem')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Embeddings of a 7B model on your own machine, and what quantization did to them."""
+
+
 app.command("export")(export.export)
 app.command("info")(info.info)
 app.command("plan")(plan.plan)

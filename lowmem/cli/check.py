@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +57,7 @@ def check(
         schedule=schedule,
         floor=floor,
     )
-    sys.stderr.write(f"plan {model.plan.id}: {model.plan.reason}\n")
+    typer.echo(options.wrapped(f"plan {model.plan.id}: {model.plan.reason}"), err=True)
     compared = compare(model, known, wanted)
     typer.echo(table(name, known, compared))
     if not compared.agrees:
@@ -102,7 +101,9 @@ def _answers(bundle: Bundle, wanted: str | None) -> tuple[str, KnownAnswers]:
             for model in known_models().values()
             if model.contract.bounded(bundle.contract.max_seq_length) == bundle.contract
         ]
-        fits = f"its contract is that of {', '.join(alike)}" if alike else "its contract is its own"
+        fits = (
+            f"its contract is that of {', '.join(alike)}" if alike else "its contract is no model's"
+        )
         raise InputError(
             f"{bundle.path} does not say which known model it holds, and {fits}: give --answers "
             f"NAME (of {', '.join(known)}), or --answers FILE"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -61,7 +60,7 @@ def embed(
         floor=floor,
         repeated=repeated_share([row.text for row in rows], prompts),
     )
-    sys.stderr.write(f"plan {model.plan.id}: {model.plan.reason}\n")
+    typer.echo(options.wrapped(f"plan {model.plan.id}: {model.plan.reason}"), err=True)
     computed = mapped(output.resolve().parent, (len(rows), model.dimensions), "embedding")
     check_room(output, *computed.shape)
     vectors = model.embed(

@@ -29,7 +29,7 @@ from lowmem.text.reading import read_rows
 
 BUILT_IN = "built-in"
 
-_SECONDS_WORTH_A_LINE = 30
+_LINE_SECONDS = 30.0
 
 
 def export(
@@ -222,12 +222,12 @@ def _acceptance(named: Collection[str]) -> Callable[[str], bool]:
 
 
 class _Progress:
-    """Steps on stderr: one line that changes on a terminal, elsewhere a line for each kind."""
+    """Steps on stderr: one line that changes on a terminal, elsewhere a new one now and then."""
 
     def __init__(self) -> None:
         self._what = ""
         self._told: set[str] = set()
-        self._first, self._start = 0, 0.0
+        self._first, self._start, self._shown_at = 0, 0.0, 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Shows a step that begins, and how long the rest will take by the steps before it."""
@@ -242,9 +242,11 @@ class _Progress:
             sys.stderr.write(f"\r\033[K{line}" if done < total - 1 else "\r\033[K")
         elif what not in self._told:
             self._told.add(what)
-            sys.stderr.write(f"{what}: {total} steps\n")
-        elif finished == 1 and left is not None and left > _SECONDS_WORTH_A_LINE:
-            sys.stderr.write(f"{what}{about}\n")
+            sys.stderr.write(f"{what}: {total} step{'s' if total > 1 else ''}\n")
+            self._shown_at = now
+        elif now - self._shown_at >= _LINE_SECONDS:
+            sys.stderr.write(f"{what}: {done} of {total}{about}\n")
+            self._shown_at = now
         sys.stderr.flush()
 
 

@@ -46,7 +46,7 @@ def info(
     typer.echo(f"queries   {contract.query_template!r}")
     typer.echo(f"documents {contract.document_template!r}")
     if contract.tasks:
-        typer.echo(f"tasks     {', '.join(sorted(contract.tasks))}")
+        typer.echo(options.wrapped(", ".join(sorted(contract.tasks)), "tasks     ", " " * 10))
     typer.echo("\nvariant     bits/weight       size  graphs")
     for name, entry in facts["variants"].items():
         graphs = ", ".join(f"{file} ({compute})" for file, compute in entry["graphs"].items())

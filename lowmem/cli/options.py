@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,27 @@ Compute = Annotated[
 Schedule = Annotated[str, typer.Option(help="resident, streamed, or auto.")]
 Floor = Annotated[str, typer.Option(help="strict, standard, loose, or mean=…,p5=…,min=….")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+_WIDTH = 80
+
+
+def wrapped(text: str, first: str = "", rest: str = "  ") -> str:
+    """Text in lines of at most 80 columns where its words are no longer, broken at blanks alone.
+
+    Args:
+        text: Words.
+        first: What the first line begins with.
+        rest: What the others do.
+    """
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def size_text(count: float) -> str:

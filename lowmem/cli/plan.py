@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,10 +98,12 @@ def table(choice: Choice) -> str:
     ]
     running = [plan for plan in choice.plans if plan.dropped is None]
     lines += [_row(plan, choice) for plan in running]
+    if any(plan.device == "cpu" for plan in running):
+        lines.append("  memory on a CPU is the process's own: mapped weights are page cache")
     if any(plan.estimated_tokens_per_second for plan in running):
         lines.append("  ~ is an estimate from the card's rates: nothing was measured")
     lines += [
-        _wrapped(f"{plan.id}: windows of {plan.window_tokens} tokens; {plan.reason}")
+        options.wrapped(f"{plan.id}: windows of {plan.window_tokens} tokens; {plan.reason}", "  ")
         for plan in running
         if plan.schedule == "streamed" and plan.reason
     ]
@@ -115,9 +116,9 @@ def table(choice: Choice) -> str:
         for reason, ids in reasons.items():
             lines.append(f"  {reason}:\n    {some_names(ids, 2)}")
     chosen = choice.chosen.id if choice.chosen else "none"
-    lines += ["", f"chosen: {chosen}", _wrapped(choice.reason)]
+    lines += ["", f"chosen: {chosen}", options.wrapped(choice.reason, "  ")]
     if choice.warning:
-        lines.append(_wrapped(f"warning: {choice.warning}"))
+        lines.append(options.wrapped(f"warning: {choice.warning}", "  "))
     return "\n".join(lines)
 
 
@@ -129,13 +130,6 @@ def _row(plan: Plan, choice: Choice) -> str:
     return (
         f"{mark} {plan.variant:<8} {plan.engine:<11} {plan.device:<6} {plan.compute:<10} "
         f"{plan.schedule:<8} {memory:>9} {speed:>8} {plan.fidelity}"
-    )
-
-
-def _wrapped(text: str) -> str:
-    indent = "  "
-    return textwrap.fill(
-        text, 80, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
 
 

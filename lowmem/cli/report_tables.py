@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lowmem.artifact.verdict import Floor
+from lowmem.cli import options
 
-_WIDTH = 80
+_MOST_NAMED = 2
 _STATES = ("ready", "partly", "not ready")
 
 
@@ -21,7 +21,7 @@ def table(reports: Sequence[Mapping[str, Any]], floor: Floor) -> str:
         f"{floor.name}: mean {floor.mean}, p5 {floor.p5}, min {floor.min}"
     )
     lines = [
-        *textwrap.wrap(about, _WIDTH),
+        options.wrapped(about, rest=""),
         "",
         f"{'plan':<30} {'bits':>5} {'tok/s':>6} {'mean':>7} {'p5':>7} {'min':>7} {'top10':>5}",
     ]
@@ -47,10 +47,13 @@ def verdicts(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 why = f": {'; '.join(found['reasons'])}" if found["reasons"] else ""
                 said.setdefault(f"{found['words']}{why}", []).append(one["plan"])
         for words, plans in said.items():
-            yield from _wrapped(f"{', '.join(plans)}: {words}")
+            named = ", ".join(plans)
+            if len(plans) == len(reports) > _MOST_NAMED:
+                named = f"all {len(plans)} plans"
+            yield options.wrapped(f"{named}: {words}")
     cautions = {one["readiness"]["caution"] for one in reports} - {None}
     for caution in sorted(cautions):
-        yield from _wrapped(f"note: {caution}")
+        yield options.wrapped(f"note: {caution}")
     yield from _calibration(reports)
 
 
@@ -100,8 +103,4 @@ def _calibration(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 f"({found['texts'][:16]}): whether these are among them cannot be said"
             ] = None
     for words in said:
-        yield from _wrapped(f"note: {words}")
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        yield options.wrapped(f"note: {words}")

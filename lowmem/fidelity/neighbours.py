@@ -110,8 +110,8 @@ def shares_in_common(before: Indices, now: Indices) -> Floats:
 
 
 def overlap(before: Neighbours, now: Neighbours, k: int) -> float | None:
-    """Mean of :func:`kept_shares`, or None for a single text, which has no neighbour."""
-    if len(before.nearest) < 2:
+    """Mean of :func:`kept_shares`, or None where every other text is among the k nearest."""
+    if len(before.nearest) - 1 <= k:
         return None
     return float(kept_shares(before, now, k).mean())
 

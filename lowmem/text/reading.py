@@ -272,7 +272,8 @@ def _check_columns(path: Path, names: Sequence[str], column: str) -> None:
 def _no_column(column: str, names: Iterable[str]) -> str:
     found = [_short(name) for name in names]
     more = [f"and {len(found) - _MOST_LISTED} more"] if len(found) > _MOST_LISTED else []
-    return f"must have {column!r}, got {', '.join(found[:_MOST_LISTED] + more) or 'nothing'}"
+    listed = ", ".join(found[:_MOST_LISTED] + more) or "nothing"
+    return f"must have {column!r} (or what --column names), got {listed}"
 
 
 def _short(value: object) -> str:

@@ -125,7 +125,7 @@ class Tokenizer:
         if too_long:
             raise InputError(
                 f"a text may have {contract.max_seq_length} tokens, prompt and special tokens "
-                f"included: {_named(too_long)}; shorten them, or ask for truncation"
+                f"included: {_named(too_long)}; shorten them, or have them cut (--truncate)"
             )
         return encoded
 

@@ -61,6 +61,11 @@ def test_a_query_without_a_task_is_refused_where_there_is_no_default() -> None:
         contract.prompt("query")
 
 
+def test_a_name_but_for_its_capitals_is_no_instruction() -> None:
+    with pytest.raises(InputError, match="has no task 'nq': its name is 'NQ'"):
+        LINQ.prompt("query", "nq")
+
+
 def test_another_input_type_is_refused() -> None:
     with pytest.raises(InputError, match="input_type must be query or document, got 'passage'"):
         LINQ.prompt("passage")

@@ -1,6 +1,6 @@
 import pytest
 
-from lowmem.cli.options import parse_size, size_text
+from lowmem.cli.options import parse_size, size_text, wrapped
 from lowmem.errors import InputError
 
 
@@ -29,3 +29,11 @@ def test_sizes_are_shown_in_units_of_1024() -> None:
     assert [size_text(n) for n in (0, 1023, 2048, 5 * 2**20, 3 * 2**29)] == [
         *("0 B", "1023 B", "2 KiB", "5 MiB", "1.50 GiB"),
     ]
+
+
+def test_lines_have_at_most_80_columns_and_words_stay_whole() -> None:
+    text = "tasks " + ", ".join(f"Task-{number}" for number in range(30))
+    lines = wrapped(text, "  ", "    ").splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line[:5] for line in lines[:2]] == ["  tas", "    T"]
+    assert " ".join("\n".join(lines).split()) == text

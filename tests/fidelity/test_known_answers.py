@@ -333,7 +333,9 @@ def test_the_model_that_export_recorded_decides(
 
 def test_a_bundle_of_an_unknown_model_needs_answers(checkpoint: Path, tmp_path: Path) -> None:
     bundle = bundle_with(checkpoint, tmp_path / "bundle", LAST_TOKEN)
-    with pytest.raises(InputError, match=r"and its contract is its own: give --answers NAME \(of"):
+    with pytest.raises(
+        InputError, match=r"and its contract is no model's: give --answers NAME \(of"
+    ):
         check(bundle)
     with pytest.raises(InputError, match=r"takes a JSON file or one of linq, .* 'nonsense' is"):
         check(bundle, answers="nonsense")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import jsonschema
 import numpy as np
@@ -358,7 +359,8 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
     (tmp_path / "t.txt").write_text("one\ntwo\n")
     options = ("--variant", "fp16", *FP32)
     done = lowmem("embed", bundle, tmp_path / "t.txt", tmp_path / "v.jsonl", *options)
-    assert "plan fp16-torch-cpu-fp32-resident: no plan is verified" in done.stderr
+    told = " ".join(done.stderr.split())
+    assert "plan fp16-torch-cpu-fp32-resident: no plan is verified" in told
     assert done.stdout.startswith("2 vectors of 128 dimensions")
     lines = (tmp_path / "v.jsonl").read_text().splitlines()
     assert len(json.loads(lines[1])["embedding"]) == 128
@@ -426,6 +428,10 @@ def test_bad_input_gets_one_line_and_status_1(bundle, tmp_path, monkeypatch, arg
     assert message in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "v.npy").exists()
+
+
+def test_the_version_is_that_of_the_package():
+    assert lowmem("--version").stdout == f"lowmem {version('lowmem')}\n"
 
 
 def test_an_unknown_option_is_a_usage_error(bundle):

@@ -193,7 +193,7 @@ def test_records_are_read_as_they_are(written: Written) -> None:
     [
         ("x.txt", "a", "a file of records must end in .jsonl or .csv, got"),
         ("x.jsonl", "{", "line 1 of .* is not JSON"),
-        ("x.csv", "b\n1\n", "must have 'a', got 'b'"),
+        ("x.csv", "b\n1\n", "must have 'a' .or what --column names., got 'b'"),
     ],
 )
 def test_damaged_records_are_refused(written: Written, name: str, data: str, message: str) -> None:
@@ -215,8 +215,8 @@ def test_the_text_is_in_the_named_column(written: Written) -> None:
         ('{"text": "  "}', "is empty: every row needs a text"),
         ('{"text": null}', "is empty: every row needs a text"),
         ('{"text": ["a"]}', "must have a string in 'text', got ['a']"),
-        ('{"body": "a", "id": 1}', "must have 'text', got 'body', 'id'"),
-        ("{}", "must have 'text', got nothing"),
+        ('{"body": "a", "id": 1}', "must have 'text' (or what --column names), got 'body', 'id'"),
+        ("{}", "must have 'text' (or what --column names), got nothing"),
         ('"a"', "must hold an object, got a string"),
         ('{"text": "a"', "is not JSON at column 13: Expecting ',' delimiter"),
         ('{"text": "a"} {"text": "b"}', "is not JSON at column 15: Extra data"),
@@ -277,8 +277,8 @@ def test_other_line_separators_are_text_in_csv(written: Written, separator: str)
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("", "x.csv must have 'text', got nothing"),
-        ("id,body\n1,a\n", "x.csv must have 'text', got 'id', 'body'"),
+        ("", "x.csv must have 'text' (or what --column names), got nothing"),
+        ("id,body\n1,a\n", "x.csv must have 'text' (or what --column names), got 'id', 'body'"),
         ("text,id,text\na,1,b\n", "x.csv must have each column once, got several 'text'"),
         ("text\na\n\n", "line 3 of x.csv is empty: every row needs a text"),
         ('text\n" "\n', "line 2 of x.csv is empty: every row needs a text"),
@@ -335,7 +335,7 @@ def test_bad_rows_of_a_parquet_file_are_listed(tmp_path: Path) -> None:
 
 def test_a_missing_column_of_a_parquet_file_lists_the_others(tmp_path: Path) -> None:
     path = parquet(tmp_path / "x.parquet", body=["a"], id=["b"])
-    assert problem(path) == "x.parquet must have 'text', got 'body', 'id'"
+    assert problem(path) == "x.parquet must have 'text' (or what --column names), got 'body', 'id'"
 
 
 @pytest.mark.parametrize("data", [b"", b"text\na\n", b"PAR1" + b"\xff" * 40 + b"PAR1"])

@@ -126,7 +126,7 @@ def test_texts_that_are_too_long_are_named(tokenizer: Tokenizer) -> None:
         tokenizer.encode(texts, [""] * 4, names=["line 1", "line 2", "line 3", "line 4"])
     assert str(caught.value) == (
         "a text may have 128 tokens, prompt and special tokens included: line 2 (202 tokens), "
-        "line 4 (302 tokens); shorten them, or ask for truncation"
+        "line 4 (302 tokens); shorten them, or have them cut (--truncate)"
     )
 
 
