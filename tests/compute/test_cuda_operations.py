@@ -15,14 +15,15 @@ from lowmem.compute.engine import Runner
 from lowmem.compute.kernels import library_products, plain_rows
 from lowmem.compute.kernels.rows import Rows
 from lowmem.compute.operations import cuda, cuda_products, cuda_selftest
-from lowmem.compute.operations.cuda import CudaOperations, Route, route
-from lowmem.compute.operations.cuda_products import DenseProduct, RoundedProduct
+from lowmem.compute.operations.cuda import Route, route
+from lowmem.compute.operations.cuda_products import DenseProduct
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear, to_torch
 from lowmem.compute.operations.plain import PlainOperations
 from lowmem.compute.plan import COMPUTES, Plan
 from lowmem.errors import BackendError
 from tests.models import RMS_NORM_EPS
+from tests.plain_cuda import ADA, AMPERE, BLACKWELL, HOPPER, TURING, operations
 from tests.stored_weights import random_weights
 from tests.tolerances import (
     BF16_VECTORS,
@@ -34,21 +35,7 @@ from tests.tolerances import (
     gamma,
 )
 
-TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 6), (8, 9), (9, 0), (12, 0)
 FP8_VECTORS = ROUNDED_VECTORS * 2.0**-4 / (0.5 / 127 * 4)  # an element is off by up to 2^-4
-
-
-def operations(compute: str, capability: tuple[int, int] = HOPPER) -> CudaOperations:
-    """Those of a card without Triton, on the CPU."""
-    chosen = route(compute, capability, has_triton=False)
-    product: Any
-    if chosen.codes is None:
-        product = DenseProduct(chosen.dtype, dequantize_into, compute == "fp16-acc16")
-    else:
-        int8 = chosen.codes == torch.int8
-        multiply = library_products.multiply_int8 if int8 else library_products.multiply_fp8
-        product = RoundedProduct(chosen.codes, chosen.dtype, multiply, plain_rows, dequantize_into)
-    return CudaOperations(chosen, RMS_NORM_EPS, plain_rows, product, None)
 
 
 def linear(form: Format, outputs: int = 40, inputs: int = 192, seed: int = 0) -> Linear:

@@ -13,7 +13,7 @@ from lowmem.compute.operations import dequantize
 from lowmem.compute.operations.linear import Linear, to_torch
 from lowmem.compute.plan import Plan
 from lowmem.planner import device_memory
-from tests.compute.test_cuda_operations import TURING, operations
+from tests.plain_cuda import TURING, operations
 from tests.pretend_device import DEVICE, PretendDevice
 from tests.stored_weights import random_weights
 
