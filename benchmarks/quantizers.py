@@ -112,6 +112,11 @@ def without_first_tokens() -> None:
     export.calibration.Calibration._token_weights = without  # type: ignore[method-assign]
 
 
+def with_equal_tokens() -> None:
+    """Tokens that are pooled count like all others."""
+    export.calibration.POOLED_WEIGHT = 1.0
+
+
 def with_smoothquant() -> None:
     """Scales of the folds are those of SmoothQuant's formula."""
     export.folds._STEPS = 1
@@ -120,14 +125,19 @@ def with_smoothquant() -> None:
 def with_gptq_alone() -> None:
     """Without least squares, by absolute errors, with one ridge."""
     without_least_squares()
-    with_absolute_errors()
-    with_one_ridge()
+    with_plain_least_squares()
 
 
 def with_plain_least_squares() -> None:
     """Least squares as they are found in books."""
     with_absolute_errors()
     with_one_ridge()
+
+
+def with_relative_errors() -> None:
+    """With one ridge, and with all tokens alike."""
+    with_one_ridge()
+    with_equal_tokens()
 
 
 STEPS = {
@@ -139,9 +149,10 @@ STEPS = {
         with_plain_least_squares,
     ),
     "int4, relative errors": Step(
-        "and each token's error relative to its states", "int4", with_one_ridge
+        "and each token's error relative to its states", "int4", with_relative_errors
     ),
-    "int4": Step("and a ridge of each input's own: what is exported", "int4"),
+    "int4, ridges": Step("and a ridge of each input's own", "int4", with_equal_tokens),
+    "int4": Step("and pooled tokens count more: what is exported", "int4"),
     "int4, no first token": Step("the same, first tokens left out", "int4", without_first_tokens),
     "int4, half the texts": Step("the same, with every second text", "int4", texts=2),
     "int4-4.5": Step("some stages in 8 bits, by pooled effect", "int4-4.5"),

@@ -53,8 +53,9 @@ _FEATURES = {
 _WORKLOADS = ("short", "mid", "long", "instructed", "mixed")
 # In the order in which one builds on the other; a record's keys are sorted.
 _STEPS = (
-    *("int4, data-free", "int4, gptq", "int4, least squares", "int4, relative errors", "int4"),
-    *("int4, no first token", "int4, half the texts", "int4-4.5", "int4-5.5"),
+    *("int4, data-free", "int4, gptq", "int4, least squares", "int4, relative errors"),
+    *("int4, ridges", "int4", "int4, no first token", "int4, half the texts"),
+    *("int4-4.5", "int4-5.5"),
     *("bnb-nf4, data-free", "bnb-nf4", "int8, data-free", "int8, SmoothQuant", "int8"),
     *("bnb-int8, data-free", "bnb-int8"),
 )
@@ -63,7 +64,7 @@ _STEPS = (
 def quantizers_table(record: dict[str, Any]) -> str:
     """One row per step of our quantizers, then one per type of llama.cpp's."""
     lines = ["| | bits | mean | p5 | min |", "| --- | ---: | ---: | ---: | ---: |"]
-    steps = [record["steps"][name] for name in _STEPS]
+    steps = [record["steps"][name] for name in _STEPS if name in record["steps"]]
     for one in (*steps, *sorted(record["llama_cpp"].values(), key=lambda one: one["bits"])):
         cosine = one["cosine"]
         title = f"`{one['variant']}`: {one['about']}" if "variant" in one else one["about"]

@@ -86,6 +86,12 @@ def read_books(path: Path) -> Iterator[Document]:
         yield Document(f"{BOOKS[book]}-{int(chapter):02d}", BOOKS[book], parts)
 
 
+def read_factbook(path: Path) -> Iterator[Document]:
+    """Yields descriptions of countries and territories, each of one part."""
+    for row in read_jsonl(path):
+        yield Document(f"factbook-{row['id']}", "factbook", [Part("prose", row["text"])])
+
+
 MARKUP = re.compile(
     r"``(?P<literal>[^`]+)``"
     r"|:(?:py:)?(?P<role>[\w:]+):`(?P<title>[^`<]+?)(?:\s*<[^>`]*>)?`"

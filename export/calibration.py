@@ -45,6 +45,8 @@ from lowmem.compute.operations.linear import Linear, to_torch
 from lowmem.errors import BundleError
 from lowmem.text.batching import EncodedText
 
+POOLED_WEIGHT = 4.0
+"""What the error of a token that is pooled counts, where that of any other counts 1."""
 _SMALLEST_SQUARE = 1e-12
 _SAMPLE_TOKENS = 2048
 
@@ -216,11 +218,14 @@ class Calibration:
         """What each token's squared error counts, ``[rows, 1]``: it is taken relative to the token.
 
         The first token's states are hundreds of times as long as those of others; counted by
-        their absolute error it would be all that a layer is fitted to.
+        their absolute error it would be all that a layer is fitted to. Tokens that are pooled
+        count more: of the others the vector sees keys and values alone.
         """
-        for rows in texts.rows:
-            squares = self._full.hidden[rows].square().mean(dim=-1, keepdim=True)
-            yield squares.clamp_min_(_SMALLEST_SQUARE).reciprocal_().to(texts.device)
+        for batch in texts.batches:
+            squares = self._full.hidden[batch.rows].square().mean(dim=-1, keepdim=True)
+            weights = squares.clamp_min_(_SMALLEST_SQUARE).reciprocal_().to(texts.device)
+            weights[batch.pooling_mask] *= POOLED_WEIGHT
+            yield weights
 
     @torch.inference_mode()
     def replay(self, name: str, layer: LayerWeights) -> None:

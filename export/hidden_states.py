@@ -105,15 +105,19 @@ class Texts:
         self.mixed = self.scratch(config.num_attention_heads * config.head_dim)
         self.gated = self.scratch(config.intermediate_size)
 
-    def part(self, least_tokens: int | None) -> Texts:
-        """Every second, third, … batch, in the same scratch and rows; all of them for None.
+    def part(self, tokens: int | None) -> Texts:
+        """Batches of about so many tokens, from everywhere, in the same scratch and rows.
 
         Args:
-            least_tokens: About how many tokens suffice.
+            tokens: How many; None for all.
         """
-        step = 1 if least_tokens is None else max(1, self.tokens // least_tokens)
+        if tokens is None:
+            return self
+        every = len(self.batches)
+        wanted = min(every, max(1, round(every * tokens / self.tokens)))
         some = copy(self)
-        some.batches, some._ids = self.batches[::step], self._ids[::step]
+        some.batches = [self.batches[i * every // wanted] for i in range(wanted)]
+        some._ids = [self._ids[i * every // wanted] for i in range(wanted)]
         return some
 
     def scratch(self, features: int) -> Tensor:

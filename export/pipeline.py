@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _SMALL_FILES_BYTES = 32 * 2**20
 # How many calibration tokens suffice a format; what is not here gains from all there are.
-_ENOUGH_TOKENS = {"int8-channel": 20_000, "bnb-int8": 12_000, "bnb-nf4": 16_000}
+_ENOUGH_TOKENS = {"int8-channel": 20_000, "bnb-int8": 8_000, "bnb-nf4": 16_000}
 
 
 def export(

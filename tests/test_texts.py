@@ -53,7 +53,7 @@ def test_token_count_includes_template_bos_and_eos(script: ModuleType, tokenizer
     [
         ("probe", (190, 220), 17_000, 25_000),
         ("quick", (64, 64), 2_000, 4_000),
-        ("calibration", (400, 600), 36_000, 42_000),
+        ("calibration", (200, 300), 20_000, 24_000),
         ("workloads", (200, 400), 18_000, 21_000),
     ],
 )
@@ -110,7 +110,18 @@ def test_no_sentence_has_its_translations_in_two_sets() -> None:
         for row in data.load(name):
             _, found, sentence = row.id.partition("-tatoeba-")
             if found:
-                assert home.setdefault(sentence.removesuffix("-en"), name) == name
+                lang, _, lines = sentence.removesuffix("-en").partition("-")
+                for line in lines.split("+"):
+                    assert home.setdefault(f"{lang}-{line}", name) == name
+
+
+def test_calibration_has_texts_of_some_length_in_every_language(
+    script: ModuleType, tokenizer: Any
+) -> None:
+    rows = [row for row in data.load("calibration") if row.kind == "multilingual"]
+    long = Counter(row.lang for row in rows if tokens(script, tokenizer, row) >= 150)
+    assert set(long) == {row.lang for row in data.load("probe")} - {"en"}
+    assert min(long.values()) == 2
 
 
 def test_ids_and_texts_are_unique_among_all_sets() -> None:
@@ -197,7 +208,7 @@ def test_sha256_is_over_what_a_model_is_given() -> None:
 def test_sources_name_every_source_with_its_licence() -> None:
     sources = resources.files(data).joinpath("SOURCES.md").read_text("utf-8")
     used = {row.id.split("-")[1] for name in FILES for row in data.load(name)}
-    assert used == {"pride", "holmes", "alice", "pep", "tatoeba"}
+    assert used == {"pride", "holmes", "alice", "pep", "factbook", "tatoeba"}
     for name in used:
         assert f"| `*-{name}-*` |" in sources
     assert "Sentences from Tatoeba (https://tatoeba.org), CC BY 2.0 FR" in sources

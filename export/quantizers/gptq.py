@@ -112,22 +112,20 @@ def round_weight(
     _reorder(inverse, order)
     factor = torch.linalg.cholesky(inverse, upper=True)
     groups = (order // grid.group_size).tolist()
-    weight = weight[:, order]
-    features = weight.shape[1]
-    for begin in range(0, features, _BLOCK):
-        end = min(begin + _BLOCK, features)
-        block = weight[:, begin:end]
-        corner = factor[begin:end, begin:end]
+    # An input's weights lie next to each other here, where they are worked on input by input.
+    inputs, scales_of = weight.T[order], scales.T.contiguous()
+    for begin in range(0, len(inputs), _BLOCK):
+        end = min(begin + _BLOCK, len(inputs))
+        block, corner = inputs[begin:end], factor[begin:end, begin:end]
         errors = torch.empty_like(block)
-        for column in range(end - begin):
-            scale = scales[:, groups[begin + column]]
-            value = grid.nearest(block[:, column] / scale)
-            error = (block[:, column] - value * scale) / corner[column, column]
-            block[:, column] = value
-            errors[:, column] = error
-            block[:, column + 1 :].addr_(error, corner[column, column + 1 :], alpha=-1)
-        weight[:, end:].addmm_(errors, factor[begin:end, end:], alpha=-1)
-    return weight[:, order.argsort()], scales
+        for i, pivot in enumerate(corner.diagonal().tolist()):
+            scale = scales_of[groups[begin + i]]
+            value = grid.nearest(block[i] / scale)
+            torch.addcmul(block[i], value, scale, value=-1, out=errors[i]).div_(pivot)
+            block[i] = value
+            block[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
+        inputs[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return inputs.T.index_select(1, order.argsort()), scales
 
 
 def _reorder(matrix: Tensor, order: Tensor) -> None:

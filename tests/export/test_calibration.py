@@ -12,7 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from export.calibration import Calibration
+from export import hidden_states
+from export.calibration import POOLED_WEIGHT, Calibration
 from export.pipeline import export
 from export.sources import open_source
 from lowmem import data
@@ -25,7 +26,7 @@ from lowmem.data import Row
 from lowmem.errors import CapacityError, InputError
 from lowmem.fidelity import metrics
 from lowmem.progress import Progress
-from lowmem.text.batching import pack
+from lowmem.text.batching import EncodedText, PackedBatch, pack
 from lowmem.text.tokenizer import Tokenizer
 from tests.bundles import wait_until_recorded
 from tests.models import CONTRACT, tiny_checkpoint
@@ -104,6 +105,52 @@ def test_hidden_states_are_those_of_the_engine(checkpoint: Path, tmp_path: Path)
     for states in (calibration.states(), calibration.states("replayed")):
         cosines = torch.cosine_similarity(states.double(), expected.double())
         assert float(1 - cosines.min()) < PARITY_COSINE
+
+
+def begun(checkpoint: Path, directory: Path, tokens: int | None) -> Calibration:
+    """A calibration of one variant before the first layer, in several batches."""
+    opened = Checkpoint(checkpoint)
+    tokenizer = Tokenizer(checkpoint / "tokenizer.json", CONTRACT, opened.config.vocab_size)
+    texts = tokenizer.encode_rows(CALIBRATION[:40])
+    variants = {"int4": tokens}
+    return Calibration(texts, opened.config, CONTRACT, opened.embedding(), variants, directory)
+
+
+def test_a_pooled_token_counts_more_and_every_token_by_its_own_length(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    calibration = begun(checkpoint, tmp_path, None)
+    texts = calibration._texts
+    weights = torch.cat(list(calibration._token_weights(texts)))[:, 0]
+    relative = weights * calibration.states().square().mean(dim=-1)
+    lengths = [length for batch in texts.batches for length in batch.lengths]
+    last = torch.tensor(lengths).cumsum(0) - 1
+    expected = torch.ones(texts.tokens)
+    expected[last] = POOLED_WEIGHT
+    assert torch.allclose(relative, expected)
+
+
+@pytest.mark.parametrize(("share", "batches"), [(0.0, 1), (0.5, 5), (0.7, 7), (3.0, 10)])
+def test_a_part_of_the_texts_is_from_everywhere(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    batches: int,
+) -> None:
+    monkeypatch.setattr(hidden_states, "pack", in_ten_batches)
+    texts = begun(checkpoint, tmp_path, None)._texts
+    part = texts.part(round(share * texts.tokens))
+    starts = [batch.rows.start for batch in texts.batches]
+    chosen = [starts.index(batch.rows.start) for batch in part.batches]
+    assert len(starts) == 10
+    assert len(chosen) == batches
+    assert set(np.diff(chosen)) <= {10 // batches, -(-10 // batches)}
+    assert [len(ids) for ids in part._ids] == [rows.stop - rows.start for rows in part.rows]
+
+
+def in_ten_batches(texts: Sequence[EncodedText], tokens: int, **options: Any) -> list[PackedBatch]:
+    return [batch for i in range(10) for batch in pack(texts[i::10], tokens, **options)]
 
 
 def test_the_manifest_tells_how_far_the_residual_stream_is_off(
