@@ -28,7 +28,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -56,7 +56,6 @@ FACTBOOK = ROOT / "benchmarks" / "factbook.jsonl"
 
 SHINGLE = 13  # tokens; two texts share a longer run by copying, not by chance
 BUDGETS = {"probe": 25_000, "quick": 4_000, "calibration": 24_000, "workloads": 21_000}
-CUT_TOKENS = 40  # shorter texts stay whole
 SHARES = {"probe": 35, "calibration": 40, "workloads": 25}  # per cent of each source's documents
 
 # The wordings of MTEB, by the name of the task they were written for.
@@ -366,21 +365,6 @@ def build_calibration(rows: Collection, source: Sources) -> None:
         rows.take(key, "question", source.foreign(lang, 8, 150), 1, task="Bitext")
     rows.take(key, "question", source.english(5, 14, True), 8, task="Quora")
     rows.take(key, "question", source.english(6, 20), 6, task="STS")
-    cut_some(rows, key)
-
-
-def cut_some(rows: Collection, key: str) -> None:
-    """Ends every second text that has room for it where a limit might: anywhere, half-way or later.
-
-    What is embedded in practice is often cut, or has no full stop, and the token that is pooled
-    then stands behind another kind of token than in whole texts.
-    """
-    for place, row in enumerate(rows.rows[key]):
-        draw = digest("cut", row.id)
-        if row.task is not None or draw[0] % 2 or rows.count(row.text) < CUT_TOKENS:
-            continue
-        length = len(row.text) * (256 + draw[1]) // 512
-        rows.rows[key][place] = replace(row, text=row.text[:length].strip())
 
 
 def build_workloads(rows: Collection, source: Sources) -> None:
