@@ -353,7 +353,7 @@ def build_calibration(rows: Collection, source: Sources) -> None:
     for novel, number in (("pride", 6), ("holmes", 4), ("alice", 4)):
         rows.take(key, "prose", source.cut(runs, (novel,), 60, 180), number, per_document=3)
     rows.take(key, "prose", source.cut(runs, ("pep",), 60, 180), 14, per_document=3)
-    rows.take(key, "prose", source.whole("factbook"), 36, per_document=3)
+    rows.take(key, "prose", source.whole("factbook"), 36)
     rows.take(key, "code", source.cut(examples, ("pep",), 201, 700), 1, per_document=2)
     rows.take(key, "code", source.cut(examples, ("pep",), 20, 200), 12, per_document=6)
     for lang in sorted(LANGUAGES.values()):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from lowmem.compute.plan import Plan
 from lowmem.progress import duration_text
 
+_START_SECONDS = 15.0  # of the two processes that each plan runs in: torch, weights, trials
+
 
 class Pace:
     """What is left of a report."""
@@ -30,7 +32,7 @@ class Pace:
         """
         self._reference_seconds = reference_tokens / cpu_speed
         self._expected = {
-            plan.id: tokens / speed
+            plan.id: _START_SECONDS + tokens / speed
             for plan in plans
             if (speed := speeds.get(plan.id, cpu_speed if plan.device == "cpu" else None))
         }

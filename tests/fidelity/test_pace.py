@@ -6,18 +6,19 @@ GPU = Plan("int8", "torch", "cuda", "fp16", "resident")
 
 
 def test_plans_that_were_timed_before_and_others_on_the_cpu_are_foreseen() -> None:
-    # 1000 s for the reference, 500 s for the plan that was timed, 1000 s for each other
+    # 1000 s for the reference, 500 s for the plan that was timed, 1000 s for each other, and 15 s
+    # for each to start
     pace = Pace(CPU, 10_000, 10_000, {CPU[0].id: 20.0}, 10.0)
-    assert pace.left() == "about 58 min"
+    assert pace.left() == "about 59 min"
 
 
 def test_what_is_left_follows_what_was_taken() -> None:
     pace = Pace(CPU, 1_000, 1_000, {}, 10.0)
     assert pace.left() == "about 7 min"
-    pace.finished(CPU[0], 10.0)  # a tenth of the 100 s that were foreseen
-    assert pace.left() == "about 20 s"
-    pace.finished(CPU[1], 10.0)
-    pace.finished(CPU[2], 10.0)
+    pace.finished(CPU[0], 11.5)  # a tenth of the 115 s that were foreseen
+    assert pace.left() == "about 23 s"
+    pace.finished(CPU[1], 11.5)
+    pace.finished(CPU[2], 11.5)
     assert pace.left() == "about 1 s"
 
 
