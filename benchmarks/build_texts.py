@@ -150,6 +150,12 @@ def runs(document: Document, low: int, high: int, count: Callable[[str], int]) -
     return found
 
 
+def whole(document: Document, low: int, high: int, count: Callable[[str], int]) -> list[Candidate]:
+    """Returns the document itself, which is of one part, if it has low to high tokens."""
+    (part,) = document.parts
+    return [candidate(document, range(1), part.text)] if low <= count(part.text) <= high else []
+
+
 def sections(
     document: Document, low: int, high: int, count: Callable[[str], int]
 ) -> list[Candidate]:
@@ -266,17 +272,9 @@ class Sources:
         low: int,
         high: int,
     ) -> list[Candidate]:
-        """Returns every passage of the sources named, cut in one of the three ways."""
+        """Returns every passage of the sources named, cut in one of the ways above."""
         found = (how(d, low, high, self.count) for d in self.documents if d.source in sources)
         return [one for passages in found for one in passages]
-
-    def whole(self, source: str) -> list[Candidate]:
-        """Returns the texts of a source that come in one part."""
-        return [
-            candidate(document, range(1), document.parts[0].text)
-            for document in self.documents
-            if document.source == source
-        ]
 
     def foreign(self, lang: str, low: int, high: int, question: bool = False) -> list[Candidate]:
         """Returns sentences of a language of low to high tokens, questions or statements."""
@@ -353,7 +351,7 @@ def build_calibration(rows: Collection, source: Sources) -> None:
     for novel, number in (("pride", 6), ("holmes", 4), ("alice", 4)):
         rows.take(key, "prose", source.cut(runs, (novel,), 60, 180), number, per_document=3)
     rows.take(key, "prose", source.cut(runs, ("pep",), 60, 180), 14, per_document=3)
-    rows.take(key, "prose", source.whole("factbook"), 36)
+    rows.take(key, "prose", source.cut(whole, ("factbook",), 40, 600), 36)
     rows.take(key, "code", source.cut(examples, ("pep",), 201, 700), 1, per_document=2)
     rows.take(key, "code", source.cut(examples, ("pep",), 20, 200), 12, per_document=6)
     for lang in sorted(LANGUAGES.values()):

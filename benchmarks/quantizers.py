@@ -125,7 +125,8 @@ def with_smoothquant() -> None:
 def with_gptq_alone() -> None:
     """Without least squares, by absolute errors, with one ridge."""
     without_least_squares()
-    with_plain_least_squares()
+    with_absolute_errors()
+    with_one_ridge()
 
 
 def with_plain_least_squares() -> None:

@@ -115,9 +115,10 @@ class Texts:
             return self
         every = len(self.batches)
         wanted = min(every, max(1, round(every * tokens / self.tokens)))
+        chosen = [i * every // wanted for i in range(wanted)]
         some = copy(self)
-        some.batches = [self.batches[i * every // wanted] for i in range(wanted)]
-        some._ids = [self._ids[i * every // wanted] for i in range(wanted)]
+        some.batches = [self.batches[i] for i in chosen]
+        some._ids = [self._ids[i] for i in chosen]
         return some
 
     def scratch(self, features: int) -> Tensor:

@@ -55,6 +55,18 @@ def write(checkpoint: Path, bundle: Path, rows: Sequence[Row], **options: Any) -
     export(open_source(checkpoint), bundle, CONTRACT, calibration=rows, **options)
 
 
+def tokenized(checkpoint: Path, rows: Sequence[Row]) -> list[EncodedText]:
+    vocab_size = Checkpoint(checkpoint).config.vocab_size
+    return Tokenizer(checkpoint / "tokenizer.json", CONTRACT, vocab_size).encode_rows(rows)
+
+
+def begun(checkpoint: Path, texts: Sequence[EncodedText], directory: Path) -> Calibration:
+    """A calibration of ``int4``, before the first layer."""
+    opened = Checkpoint(checkpoint)
+    variants = {"int4": None}
+    return Calibration(texts, opened.config, CONTRACT, opened.embedding(), variants, directory)
+
+
 def embed(bundle: Bundle, variant: str, compute: str) -> NDArray[np.float32]:
     plan = Plan(variant, "torch", "cpu", compute, "resident", threads=torch.get_num_threads())
     runner = Runner(bundle, plan)
@@ -86,40 +98,25 @@ def test_calibrated_vectors_of_other_texts_lose_less(
 
 def test_hidden_states_are_those_of_the_engine(checkpoint: Path, tmp_path: Path) -> None:
     opened = Checkpoint(checkpoint)
-    tokenizer = Tokenizer(checkpoint / "tokenizer.json", CONTRACT, opened.config.vocab_size)
-    rows = data.load("quick")[:12]
-    texts = tokenizer.encode(
-        [row.text for row in rows], [CONTRACT.prompt("document", None)] * 12, truncate=True
-    )
+    texts = tokenized(checkpoint, data.load("quick")[:12])
     seen: list[torch.Tensor] = []
     batches = pack(texts, 2048, pooling=CONTRACT.pooling)
     TorchEngine(opened, CONTRACT).embed(batches, on_layer=lambda *step: seen.append(step[2]))
-    calibration = Calibration(
-        texts, opened.config, CONTRACT, opened.embedding(), {"replayed": None}, tmp_path
-    )
+    calibration = begun(checkpoint, texts, tmp_path)
     for index in range(opened.config.num_hidden_layers):
         layer = opened.layer(index)
         calibration.full_precision(layer, with_folds=False)
-        calibration.replay("replayed", layer)
+        calibration.replay("int4", layer)
     expected = torch.cat(seen[-len(batches) :])
-    for states in (calibration.states(), calibration.states("replayed")):
+    for states in (calibration.states(), calibration.states("int4")):
         cosines = torch.cosine_similarity(states.double(), expected.double())
         assert float(1 - cosines.min()) < PARITY_COSINE
-
-
-def begun(checkpoint: Path, directory: Path, tokens: int | None) -> Calibration:
-    """A calibration of one variant before the first layer, in several batches."""
-    opened = Checkpoint(checkpoint)
-    tokenizer = Tokenizer(checkpoint / "tokenizer.json", CONTRACT, opened.config.vocab_size)
-    texts = tokenizer.encode_rows(CALIBRATION[:40])
-    variants = {"int4": tokens}
-    return Calibration(texts, opened.config, CONTRACT, opened.embedding(), variants, directory)
 
 
 def test_a_pooled_token_counts_more_and_every_token_by_its_own_length(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    calibration = begun(checkpoint, tmp_path, None)
+    calibration = begun(checkpoint, tokenized(checkpoint, CALIBRATION[:40]), tmp_path)
     texts = calibration._texts
     weights = torch.cat(list(calibration._token_weights(texts)))[:, 0]
     relative = weights * calibration.states().square().mean(dim=-1)
@@ -139,7 +136,7 @@ def test_a_part_of_the_texts_is_from_everywhere(
     batches: int,
 ) -> None:
     monkeypatch.setattr(hidden_states, "pack", in_ten_batches)
-    texts = begun(checkpoint, tmp_path, None)._texts
+    texts = begun(checkpoint, tokenized(checkpoint, CALIBRATION[:40]), tmp_path)._texts
     part = texts.part(round(share * texts.tokens))
     starts = [batch.rows.start for batch in texts.batches]
     chosen = [starts.index(batch.rows.start) for batch in part.batches]
@@ -173,9 +170,7 @@ def test_the_manifest_tells_how_far_the_residual_stream_is_off(
 def _states(bundle: Bundle, variant: str) -> list[torch.Tensor]:
     """Hidden states of all calibration tokens after each layer, float64."""
     opened = Checkpoint(bundle.directory(variant))
-    path = opened.directory / "tokenizer.json"
-    texts = Tokenizer(path, CONTRACT, opened.config.vocab_size).encode_rows(CALIBRATION)
-    batches = pack(texts, 2048, pooling=CONTRACT.pooling)
+    batches = pack(tokenized(opened.directory, CALIBRATION), 2048, pooling=CONTRACT.pooling)
     seen: list[torch.Tensor] = []
     TorchEngine(opened, CONTRACT).embed(batches, on_layer=lambda *step: seen.append(step[2]))
     step = len(batches)
@@ -183,10 +178,7 @@ def _states(bundle: Bundle, variant: str) -> list[torch.Tensor]:
 
 
 def test_scratch_files_have_no_name(checkpoint: Path, tmp_path: Path) -> None:
-    opened = Checkpoint(checkpoint)
-    tokenizer = Tokenizer(checkpoint / "tokenizer.json", CONTRACT, opened.config.vocab_size)
-    texts = tokenizer.encode(["a text"], [CONTRACT.prompt("document", None)])
-    Calibration(texts, opened.config, CONTRACT, opened.embedding(), {"one": None}, tmp_path)
+    begun(checkpoint, tokenized(checkpoint, CALIBRATION[:1]), tmp_path)
     assert not any(tmp_path.iterdir())
 
 

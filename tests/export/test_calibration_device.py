@@ -47,8 +47,8 @@ def test_a_device_gives_the_bytes_of_the_cpu(
 def test_what_a_card_holds_stays_within_what_is_asked_for(tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1792}
     checkpoint = tiny_checkpoint(tmp_path / "tiny", layers=1, **shape).path
-    rows = data.load("calibration")[:10]
+    rows = data.load("calibration")[:60]  # enough to fill a batch
     with PretendDevice() as device:
         write_bundle(checkpoint, tmp_path / "bundle", ["int4"], calibration=rows, device=DEVICE)
     bound = card_bytes(open_source(checkpoint).config) - CUDA_BYTES
-    assert 0.4 * bound < device.peak_bytes < bound
+    assert 0.7 * bound < device.peak_bytes < bound

@@ -193,7 +193,7 @@ def test_records_are_read_as_they_are(written: Written) -> None:
     [
         ("x.txt", "a", "a file of records must end in .jsonl or .csv, got"),
         ("x.jsonl", "{", "line 1 of .* is not JSON"),
-        ("x.csv", "b\n1\n", "must have 'a' .or what --column names., got 'b'"),
+        ("x.csv", "b\n1\n", r"must have 'a' \(or what --column names\), got 'b'"),
     ],
 )
 def test_damaged_records_are_refused(written: Written, name: str, data: str, message: str) -> None:
