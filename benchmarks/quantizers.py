@@ -34,11 +34,13 @@ from record import RESULTS, ROOT, head, measure_missing, resume, write
 import export.calibration
 import export.folds
 import export.quantizers.gptq as gptq
+import lowmem.artifact.variants
 from export.hidden_states import Texts
 from export.pipeline import export as run_export
 from export.sources import open_source
 from lowmem import data, hardware
 from lowmem.artifact.contract import Contract, read_contract
+from lowmem.artifact.formats import IntGrouped
 from lowmem.artifact.manifest import Bundle
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
@@ -117,6 +119,11 @@ def with_equal_tokens() -> None:
     export.calibration.POOLED_WEIGHT = 1.0
 
 
+def with_larger_groups() -> None:
+    """A scale for 64 weights."""
+    lowmem.artifact.variants.LOW = IntGrouped(bits=4, group_size=64)
+
+
 def with_smoothquant() -> None:
     """Scales of the folds are those of SmoothQuant's formula."""
     export.folds._STEPS = 1
@@ -156,8 +163,8 @@ STEPS = {
     "int4": Step("and pooled tokens count more: what is exported", "int4"),
     "int4, no first token": Step("the same, first tokens left out", "int4", without_first_tokens),
     "int4, half the texts": Step("the same, with every second text", "int4", texts=2),
-    "int4-4.5": Step("some stages in 8 bits, by pooled effect", "int4-4.5"),
-    "int4-5.5": Step("more of them", "int4-5.5"),
+    "int4, groups of 64": Step("the same, in groups of 64", "int4", with_larger_groups),
+    "int4-5.5": Step("some stages in 8 bits, by pooled effect", "int4-5.5"),
     "bnb-nf4, data-free": Step("weights alone", "bnb-nf4", texts=0),
     "bnb-nf4": Step("calibrated", "bnb-nf4"),
     "int8, data-free": Step("weights alone", "int8", texts=0, compute="int8"),

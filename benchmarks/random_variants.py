@@ -17,18 +17,18 @@ from lowmem.artifact.config import NORMS, ModelConfig, config_json
 from lowmem.artifact.formats import (
     Format,
     Int8Channel,
-    IntGrouped,
     Plain,
     int_grouped,
     quantization_config,
 )
 from lowmem.artifact.tensors import INDEX_FILE, RawTensor, TensorSpec, header_bytes
+from lowmem.artifact.variants import LOW
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, module_shapes
 
 FORMATS: dict[str, Format] = {
     "fp16": Plain("BF16"),
     "int8": Int8Channel(),
-    "int4": IntGrouped(bits=4, group_size=64),
+    "int4": LOW,
 }
 
 

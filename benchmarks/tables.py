@@ -55,7 +55,7 @@ _WORKLOADS = ("short", "mid", "long", "instructed", "mixed")
 _STEPS = (
     *("int4, data-free", "int4, gptq", "int4, least squares", "int4, relative errors"),
     *("int4, ridges", "int4", "int4, no first token", "int4, half the texts"),
-    *("int4-4.5", "int4-5.5"),
+    *("int4, groups of 64", "int4-4.5", "int4-5.5"),
     *("bnb-nf4, data-free", "bnb-nf4", "int8, data-free", "int8, SmoothQuant", "int8"),
     *("bnb-int8, data-free", "bnb-int8"),
 )

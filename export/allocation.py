@@ -9,7 +9,6 @@ that goes on after a killed one measures them anew, and finds the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,11 +22,10 @@ from export.quantizers.data_free import quantize
 from export.sources import Source
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.formats import Format, linear_bytes
+from lowmem.artifact.formats import Format, weight_bytes
 from lowmem.artifact.variants import HIGH, LOW
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, LayerWeights, LinearWeights
 from lowmem.compute.operations.linear import to_torch
-from lowmem.errors import InputError
 from lowmem.progress import Progress
 from lowmem.text.batching import EncodedText
 
@@ -100,20 +98,15 @@ def allocate(effects: Effects, config: ModelConfig, budget: float) -> dict[str, 
     Args:
         effects: Of every stage in the lower format.
         config: The model's shape.
-        budget: Bits per weight of all linears together, everything that is stored counted.
-
-    Raises:
-        InputError: The lower format alone takes more.
+        budget: Bits per weight of all linears together, codes and scales counted.
     """
     shapes = config.linears()
 
     def bits(form: Format, linears: Iterable[str]) -> int:
-        return 8 * sum(linear_bytes(form, *shapes[name]) for name in linears)
+        return 8 * sum(weight_bytes(form, *shapes[name]) for name in linears)
 
     left = budget * config.linear_weights - config.num_hidden_layers * bits(LOW, shapes)
-    if left < 0:
-        least = math.ceil(1e4 * (budget - left / config.linear_weights)) / 1e4
-        raise InputError(f"--bits must be at least {least:g} for this model, got {budget:g}")
+    assert left >= 0, "a variant's name allows the lower format at least"
     costs = {stage: bits(HIGH, stage) - bits(LOW, stage) for stage in STAGES}
     chosen = set()
     for place in sorted(effects, key=lambda place: -effects[place] / costs[place[1]]):

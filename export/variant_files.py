@@ -17,7 +17,7 @@ from export.workspace import Workspace
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import ModelConfig, config_json
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.formats import Format, linear_bytes, quantization_config
+from lowmem.artifact.formats import Format, quantization_config, weight_bytes
 from lowmem.artifact.manifest import FileEntry, Variant, file_sha256
 from lowmem.artifact.stock_files import check as check_stock_files
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE
@@ -126,7 +126,7 @@ def _modules(
     for module, shape in module_shapes(checkpoint.config).items():
         part = module.rpartition(".")[0]
         weights[part] = weights.get(part, 0) + math.prod(shape)
-        size = linear_bytes(checkpoint.formats[module], *shape)
+        size = weight_bytes(checkpoint.formats[module], *shape)
         stored[part] = stored.get(part, 0) + size
     return {
         part: {
@@ -140,7 +140,10 @@ def _modules(
 def _bits(checkpoint: Checkpoint) -> dict[str, float]:
     config = checkpoint.config
     stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    linears = checkpoint.linear_bytes()
+    linears = sum(
+        weight_bytes(checkpoint.formats[module], *shape)
+        for module, shape in module_shapes(config).items()
+    )
     others = config.hidden_size * (config.vocab_size + 2 * config.num_hidden_layers + 1)
     others += sum(map(math.prod, latent_shapes(config).values()))
     return {

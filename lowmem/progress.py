@@ -10,7 +10,7 @@ from contextlib import contextmanager
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
-_LINE_SECONDS = 10.0
+_LINE_SECONDS = 30.0
 
 
 @contextmanager
@@ -62,6 +62,35 @@ def _plain_lines(what: str, total: int) -> Callable[[int], None]:
             sys.stderr.write(f"{what}: {done} of {total}\n")
 
     return advance
+
+
+class Steps:
+    """Steps of several works, one after another: a ``Progress`` that writes them to stderr."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._told: set[str] = set()
+        self._first, self._start, self._shown_at = 0, 0.0, 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Shows a step that begins, and how long the rest will take by the steps before it."""
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._first, self._start = what, done, now
+        finished = done - self._first
+        left = (now - self._start) / finished * (total - done) if finished else None
+        about = "" if left is None else f", about {duration_text(left)} left"
+        if sys.stderr.isatty():
+            line = f"{what}: {done} of {total}{about}"
+            sys.stderr.write(f"\r\033[K{line}" if done < total - 1 else "\r\033[K")
+        elif what not in self._told:
+            self._told.add(what)
+            sys.stderr.write(f"{what}: {total} step{'s' if total > 1 else ''}\n")
+            self._shown_at = now
+        elif now - self._shown_at >= _LINE_SECONDS:
+            sys.stderr.write(f"{what}: {done} of {total}{about}\n")
+            self._shown_at = now
+        sys.stderr.flush()
 
 
 def duration_text(seconds: float) -> str:

@@ -41,7 +41,7 @@ class Variant:
     Attributes:
         name: Its directory's name.
         recipe: How it was made; equal recipes from equal sources give equal bytes.
-        bits_per_weight: ``linears`` and ``model``, everything that is stored counted.
+        bits_per_weight: ``linears``, codes and scales counted, and ``model``, all that is stored.
         modules: ``layers.0.self_attn`` and so on to ``bits`` of its linears per weight and, where
             texts were at hand, ``error``: how far the residual stream behind it is from the
             full-precision one, relative to each token's length (root of the mean square), else

@@ -18,11 +18,11 @@ VARIANTS = ("fp16", "int8", "int4", "bnb-int8", "bnb-nf4")
 ROUNDED = "rounded"
 """What a recipe says of activations where codes were fitted to rounded ones, BOS's included."""
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16"}
-LOW, HIGH = IntGrouped(bits=4, group_size=64), IntGrouped(bits=8, group_size=64)
+LOW, HIGH = IntGrouped(bits=4, group_size=32), IntGrouped(bits=8, group_size=64)
 """The formats among which a budget of bits is spent."""
 
 _BUDGETED = re.compile(r"int4-([0-9]+(?:\.[0-9]+)?)")
-_LEAST_BITS, _MOST_BITS = 4.25, 8.25  # codes and one 16-bit scale for 64 of them
+_LEAST_BITS, _MOST_BITS = 4.5, 8.25  # codes, and a 16-bit scale for a group of them
 
 
 def budgeted(bits: float) -> str:
@@ -101,10 +101,9 @@ def recipe_for(variant: str, dtype: str, calibration: str | None = None) -> dict
     else:
         recipe = {"method": "data-free", "calibration": "none", "dtype": dtype}
     budget = budget_of(variant)
-    grouped = {"group_size": LOW.group_size, "scales": "squared error"}
     if budget is not None:
-        spent = {"budget": budget, "spent": "pooled effect"}
-        recipe |= {"bits": [LOW.bits, HIGH.bits], **spent, **grouped}
+        recipe |= {"bits": [LOW.bits, HIGH.bits], "group_size": [LOW.group_size, HIGH.group_size]}
+        recipe |= {"budget": budget, "spent": "pooled effect", "scales": "squared error"}
     elif variant == "int4":
-        recipe |= {"bits": LOW.bits, **grouped}
+        recipe |= {"bits": LOW.bits, "group_size": LOW.group_size, "scales": "squared error"}
     return recipe

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import time
 from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,12 +23,10 @@ from lowmem.compute.plan import DEVICES
 from lowmem.data import Row
 from lowmem.errors import CapacityError, InputError, missing_extra
 from lowmem.planner.candidates import AUTO
-from lowmem.progress import bar, duration_text
+from lowmem.progress import Steps, bar
 from lowmem.text.reading import read_rows
 
 BUILT_IN = "built-in"
-
-_LINE_SECONDS = 30.0
 
 
 def export(
@@ -111,7 +108,7 @@ def export(
     # Before any weights are downloaded.
     settled, model = _contract(contract, _known_models(source), source)
     accepts = _acceptance(accept_licence or ())
-    progress = _Progress()
+    progress = Steps()
     opened = open_source(source, accepts_licence=accepts, progress=progress)
     typer.echo(f"licence: {opened.licence or 'none named by the source'}", err=True)
     if most_bytes is not None and "fp16" in names and reference_texts != "none":
@@ -219,35 +216,6 @@ def _acceptance(named: Collection[str]) -> Callable[[str], bool]:
         return typer.confirm(question, err=True)
 
     return accepts
-
-
-class _Progress:
-    """Steps on stderr: one line that changes on a terminal, elsewhere a new one now and then."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._told: set[str] = set()
-        self._first, self._start, self._shown_at = 0, 0.0, 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Shows a step that begins, and how long the rest will take by the steps before it."""
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._first, self._start = what, done, now
-        finished = done - self._first
-        left = (now - self._start) / finished * (total - done) if finished else None
-        about = "" if left is None else f", about {duration_text(left)} left"
-        if sys.stderr.isatty():
-            line = f"{what}: {done} of {total}{about}"
-            sys.stderr.write(f"\r\033[K{line}" if done < total - 1 else "\r\033[K")
-        elif what not in self._told:
-            self._told.add(what)
-            sys.stderr.write(f"{what}: {total} step{'s' if total > 1 else ''}\n")
-            self._shown_at = now
-        elif now - self._shown_at >= _LINE_SECONDS:
-            sys.stderr.write(f"{what}: {done} of {total}{about}\n")
-            self._shown_at = now
-        sys.stderr.flush()
 
 
 def _check_reference_memory(config: ModelConfig, most_bytes: int) -> None:

@@ -62,7 +62,7 @@ def test_every_fused_linear_gets_the_scheme_of_all_its_parts(name: str, prefix: 
 def named(form: Format) -> str:
     if isinstance(form, Plain):
         return "unquantized"
-    return {LOW: "W4A16 64", HIGH: "W8A16 64"}.get(form, "W8A8")  # type: ignore[call-overload, no-any-return]
+    return {LOW: "W4A16 32", HIGH: "W8A16 64"}.get(form, "W8A8")  # type: ignore[call-overload, no-any-return]
 
 
 def scheme(config: Mapping[str, Any], layer: str) -> str:

@@ -163,7 +163,7 @@ def test_weights_of_a_pooling_lie_in_16_bits_behind_the_final_norm(form: Format)
         assert (layout.specs[name].dtype, layout.specs[name].shape) == ("F16", shape)
 
 
-@pytest.mark.parametrize("form", [IntGrouped(), BnbNf4()], ids=repr)
+@pytest.mark.parametrize("form", [IntGrouped(8, 64), BnbNf4()], ids=repr)
 def test_groups_that_do_not_fill_a_row_are_refused(form: Format) -> None:
     config = replace(SEVEN_B, intermediate_size=200)
     formats = dict.fromkeys(module_shapes(config), form)

@@ -151,6 +151,7 @@ FORMATS: tuple[Format, ...] = (
     Plain("F16"),
     Plain("BF16"),
     Int8Channel(),
+    IntGrouped(bits=4, group_size=32),
     IntGrouped(bits=4, group_size=64),
     IntGrouped(bits=4, group_size=192),
     IntGrouped(bits=8, group_size=64),

@@ -125,7 +125,7 @@ def test_export_prints_bits_and_sizes(bundle):
         *("--reference-texts", "quick", "--calibration", "none"),
     )
     assert "int4" in again.stdout
-    assert "4.256 bits/weight" in again.stdout
+    assert "4.500 bits/weight" in again.stdout
 
 
 def test_a_budget_of_bits_is_a_variant_of_its_own(bundle, tmp_path):
@@ -391,9 +391,9 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
         (("export", "BUNDLE/fp16", "new", "--contract", "c.json"), "one of linq, e5-mistral, sfr"),
         (("export", "BUNDLE/fp16", "new", "--contract", "{" * 300), "one of linq, e5-mistral, sfr"),
         (("export", "BUNDLE/fp16", "new", "--variants", "int3"), "a variant must be one of fp16"),
-        (("export", "BUNDLE/fp16", "new", "--variants", "int4-9"), "BITS from 4.25 to 8.25, got"),
-        (("export", "BUNDLE/fp16", "new", "--bits", "3"), "bits must be from 4.25 to 8.25, got 3"),
-        (("export", "BUNDLE/fp16", "new", "--bits", "nan"), "bits must be from 4.25 to 8.25"),
+        (("export", "BUNDLE/fp16", "new", "--variants", "int4-9"), "BITS from 4.5 to 8.25, got"),
+        (("export", "BUNDLE/fp16", "new", "--bits", "3"), "bits must be from 4.5 to 8.25, got 3"),
+        (("export", "BUNDLE/fp16", "new", "--bits", "nan"), "bits must be from 4.5 to 8.25"),
         (
             ("export", "BUNDLE/fp16", "new", "--variants", "int8", "--bits", "6"),
             "--bits needs int4 among the variants",

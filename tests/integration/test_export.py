@@ -176,6 +176,6 @@ def test_an_unknown_variant_is_refused(checkpoint: Path, tmp_path: Path) -> None
         write_bundle(checkpoint, tmp_path / "bundle", ["int4", "int3"])
     assert str(caught.value) == (
         "a variant must be one of fp16, int8, int4, bnb-int8, bnb-nf4, or int4-BITS with BITS "
-        "from 4.25 to 8.25, got 'int3'"
+        "from 4.5 to 8.25, got 'int3'"
     )
     assert_nothing_in(tmp_path / "bundle")

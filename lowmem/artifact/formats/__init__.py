@@ -27,9 +27,16 @@ __all__ = [
     "linear_bytes",
     "quantization_config",
     "read_formats",
+    "weight_bytes",
 ]
 
 
 def linear_bytes(form: Format, out_features: int, in_features: int) -> int:
     """What a linear takes on disk: codes, scales and whatever else its format keeps."""
     return sum(spec.nbytes for spec in form.specs(out_features, in_features).values())
+
+
+def weight_bytes(form: Format, out_features: int, in_features: int) -> int:
+    """What counts as bits of a linear's weights: codes and scales, or 16-bit weights."""
+    specs = form.specs(out_features, in_features)
+    return sum(spec.nbytes for suffix, spec in specs.items() if suffix not in form.constants)

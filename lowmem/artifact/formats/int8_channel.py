@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ class Int8Channel:
 
     name = "int8-channel"
     bits = 8
+    constants: ClassVar[frozenset[str]] = frozenset()
 
     def specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Tensor suffix to dtype and shape."""

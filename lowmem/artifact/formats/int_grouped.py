@@ -27,7 +27,7 @@ class IntGrouped:
     """Symmetric codes of ``bits`` bits, one positive scale per ``group_size`` inputs."""
 
     bits: int = 4
-    group_size: int = 64
+    group_size: int = 32
 
     name = "int-grouped"
     constants = frozenset({"weight_shape"})

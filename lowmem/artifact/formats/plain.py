@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ class Plain:
 
     name = "plain"
     bits = 16
+    constants: ClassVar[frozenset[str]] = frozenset()
 
     def specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Tensor suffix to dtype and shape."""

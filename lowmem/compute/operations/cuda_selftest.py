@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowmem.artifact.formats import BnbInt8, BnbNf4, Int8Channel, IntGrouped
+from lowmem.artifact.formats import BnbInt8, BnbNf4, Int8Channel
 from lowmem.artifact.tensors import DTYPES, RawTensor
+from lowmem.artifact.variants import HIGH, LOW
 from lowmem.artifact.weights import LinearWeights
 from lowmem.compute.kernels import plain_rows
 from lowmem.compute.kernels.rows import RowKernels, Rows
@@ -26,7 +27,7 @@ from lowmem.compute.operations.linear import Linear, to_torch
 # 127 * 128 over these inputs stay below 2^24, so float32 holds every one of them.
 _SHAPES = ((1, 16, 32), (37, 136, 272), (300, 272, 496))
 # The formats that a kernel turns into weights, and a shape that is no multiple of its block.
-_STORED = (Int8Channel(), BnbInt8(), IntGrouped(4), IntGrouped(8), BnbNf4())
+_STORED = (Int8Channel(), BnbInt8(), LOW, HIGH, BnbNf4())
 _STORED_SHAPE = (50, 192)
 # Sums of fp8 products may be taken in 14 bits, and results are rounded to bf16.
 _FP8_ERROR = 2.0**-7
