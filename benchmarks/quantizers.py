@@ -284,11 +284,12 @@ def picture(steps: dict[str, Measured], llama: dict[str, Measured]) -> None:
             label=title,
         )
         for name, one in points.items():
+            offset, alignment = right if name == "bnb-nf4" else (place, side)
             axes.annotate(
                 name.removesuffix(", data-free"),
                 (one["bits"], 1 - one["cosine"]["mean"]),
-                xytext=place,
-                ha=side,
+                xytext=offset,
+                ha=alignment,
                 textcoords="offset points",
                 fontsize=8,
                 color=colour,

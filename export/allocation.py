@@ -110,7 +110,8 @@ def allocate(effects: Effects, config: ModelConfig, budget: float) -> dict[str, 
     costs = {stage: bits(HIGH, stage) - bits(LOW, stage) for stage in STAGES}
     chosen = set()
     for place in sorted(effects, key=lambda place: -effects[place] / costs[place[1]]):
-        if costs[place[1]] <= left:
+        fills_groups = shapes[place[1][0]][1] % HIGH.group_size == 0
+        if fills_groups and costs[place[1]] <= left:
             chosen.add(place)
             left -= costs[place[1]]
     return {

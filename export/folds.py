@@ -157,7 +157,8 @@ def _fold_norm(norm: RawTensor, scales: Tensor) -> tuple[RawTensor, Tensor]:
     zero and divides nothing.
     """
     weight = to_torch(norm).to(scales.device)
-    stored = (weight.float() / scales).to(weight.dtype)
+    least = weight.float().abs() / torch.finfo(weight.dtype).max
+    stored = (weight.float() / torch.maximum(scales, least)).to(weight.dtype)
     exact = torch.where(stored == 0, torch.ones_like(scales), weight.float() / stored.float())
     codes = stored.view(torch.uint16) if norm.dtype == "BF16" else stored
     return RawTensor(norm.dtype, codes.cpu().numpy()), exact

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowmem.artifact.config import NORMS, ModelConfig
-from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, IntGrouped
+from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, IntGrouped, check_groups
 from lowmem.artifact.tensors import DTYPES, RawTensor, TensorSpec, header_bytes
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, latent_shapes, module_shapes
-from lowmem.errors import BundleError
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,3 @@ def lay_out(config: ModelConfig, dtype: str, formats: Mapping[str, Format]) -> L
         offsets[name] = end
         end += spec.nbytes
     return Layout(header, specs, offsets, constants, end)
-
-
-def check_groups(form: Format, in_features: int, place: str) -> None:
-    """Checks that the groups of a format fill the rows of a linear.
-
-    Raises:
-        BundleError: They do not.
-    """
-    if isinstance(form, IntGrouped | BnbNf4) and in_features % form.group_size:
-        raise BundleError(
-            f"group_size must divide in_features, got group_size={form.group_size} and "
-            f"in_features={in_features} ({place})"
-        )

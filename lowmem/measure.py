@@ -168,11 +168,11 @@ def _in_child(
         job_file = Path(folder) / "job.json"
         job_file.write_text(json.dumps(job | {"parent": os.getpid()}))
         child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(job_file)],
+            [sys.executable, "-P", "-c", _CHILD, str(job_file)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         )
         with MemoryPeak(child.pid) as peak:
             try:

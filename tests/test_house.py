@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    {"errors", "hardware", "cache", "hub", "progress", "schemas", "disk"},
+    {"errors", "hardware", "cache", "hub", "progress", "schemas", "disk", "outputs"},
     {"data"},
     {"artifact"},
     {"text"},

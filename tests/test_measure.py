@@ -130,3 +130,9 @@ def _is_alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except OSError:
         return False
+
+
+def test_a_child_imports_nothing_from_the_working_directory(tiny_bundle, tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('a stranger')")
+    monkeypatch.chdir(tmp_path)
+    assert measure(tiny_bundle, PLAN, ROWS).texts == len(ROWS)

@@ -20,9 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.layout import check_groups
 from export.quantizers.grids import nf4_codes, pack
-from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped
+from lowmem.artifact.formats import (
+    BnbInt8,
+    BnbNf4,
+    Format,
+    Int8Channel,
+    IntGrouped,
+    check_groups,
+)
 from lowmem.artifact.formats import bnb_nf4 as nf4_layout
 from lowmem.artifact.tensors import RawTensor
 from lowmem.errors import BundleError

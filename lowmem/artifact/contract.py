@@ -56,6 +56,11 @@ class Contract:
         """How many ids are added to those of the text: 0, 1 or 2."""
         return (self.bos_token_id is not None) + (self.eos_token_id is not None)
 
+    @property
+    def takes_tasks(self) -> bool:
+        """Whether a query has a place for an instruction."""
+        return _TASK in self.query_template
+
     def prompt(self, input_type: str, task: str | None = None) -> str:
         """Returns what is put before a text.
 
@@ -65,14 +70,18 @@ class Contract:
                 default; the empty string means none, and so what stands before a document.
 
         Raises:
-            InputError: The input type is unknown, a task is needed and there is no default, or it
-                is a name but for its capitals.
+            InputError: The input type is unknown, a task is needed and there is no default, it is
+                a name but for its capitals, or there is no place for one.
         """
         if input_type not in ("query", "document"):
             raise InputError(f"input_type must be query or document, got {input_type!r}")
         template = self.query_template if input_type == "query" else self.document_template
         before = template.removesuffix(_TEXT)
         if _TASK not in before:
+            if task:
+                raise InputError(
+                    f"by its contract this model takes a {input_type} without a task, got {task!r}"
+                )
             return before
         if task is None:
             task = self.default_task

@@ -125,7 +125,7 @@ class Bundle:
         """
         self.path = Path(path)
         file = self.path / MANIFEST
-        if self.path.is_dir() and not file.exists():
+        if os.access(self.path, os.X_OK) and self.path.is_dir() and not file.exists():
             raise BundleError(f"{path} is no bundle: it has no {MANIFEST}; lowmem export makes one")
         self.manifest = parse_manifest(strict_json.read_object(file), str(file))
 
@@ -176,21 +176,25 @@ class Bundle:
         return problems, sorted(self._strays())
 
     def _problems(self, variant: str, *, trust_cache: bool) -> Iterator[str]:
+        # A reader of the directory would take these for the variant's weights.
+        for weights in sorted((self.path / variant).glob("*.safetensors*")):
+            if weights.name not in self.variant(variant).files:
+                yield f"{variant}/{weights.name} is not among the files that were exported"
         directory, root = self.path / variant, self.path.resolve()
         for name, entry in sorted(self.variant(variant).files.items()):
             path, shown = directory / name, f"{variant}/{name}"
-            if not path.resolve().is_relative_to(root):
-                yield f"{shown} leads out of the bundle"
-                continue
             try:
+                if not path.resolve().is_relative_to(root):
+                    yield f"{shown} leads out of the bundle"
+                    continue
                 status = path.stat()
                 if status.st_size != entry.size:
                     yield f"{shown} must have {entry.size} bytes, got {status.st_size}"
                     continue
                 known = cache.verified_sha256(path) if trust_cache else None
                 digest = known or file_sha256(path)
-            except OSError as error:
-                yield f"{shown} cannot be read ({error.strerror})"
+            except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
+                yield f"{shown} cannot be read ({getattr(error, 'strerror', error)})"
                 continue
             if digest != entry.sha256:
                 yield f"{shown} is damaged: its sha256 is not that of the manifest"
@@ -227,8 +231,12 @@ def parse_manifest(value: dict[str, Any], place: str) -> Manifest:
         raise BundleError(f"variants must be an object ({place})")
     if not isinstance(value["source"], dict):
         raise BundleError(f"source must be an object ({place})")
-    if not isinstance(value["source"].get("model"), str | None):
-        raise BundleError(f"source.model must be a string or null ({place})")
+    for key in ("name", "sha256"):
+        if not isinstance(value["source"].get(key), str):
+            raise BundleError(f"source.{key} must be a string ({place})")
+    for key in ("model", "revision"):
+        if not isinstance(value["source"].get(key), str | None):
+            raise BundleError(f"source.{key} must be a string or null ({place})")
     if value["licence"] is not None and not isinstance(value["licence"], str):
         raise BundleError(f"licence must be a string or null ({place})")
     return Manifest(
@@ -272,12 +280,21 @@ def _parse_variant(name: str, value: Any, place: str) -> Variant:
         ):
             raise BundleError(f"a file needs size and sha256 alone ({where}, file {path})")
         files[path] = FileEntry(**entry)
-    for graph in value["graphs"]:
+    for graph, compute in value["graphs"].items():
         if graph not in files:
             raise BundleError(f"graphs may name the variant's own files, got {graph!r} ({where})")
+        if not isinstance(compute, str):
+            raise BundleError(f"a graph's compute must be a string, got {compute!r} ({where})")
+    bits = value["bits_per_weight"]
+    if set(bits) != {"linears", "model"} or not all(map(_is_number, bits.values())):
+        raise BundleError(f"bits_per_weight must be numbers for linears and model ({where})")
     for module, about in value["modules"].items():
         if not isinstance(about, dict) or set(about) != {"bits", "error"}:
             raise BundleError(f"a module needs bits and error alone ({where}, module {module})")
+        if not _is_number(about["bits"]) or not (
+            about["error"] is None or _is_number(about["error"])
+        ):
+            raise BundleError(f"bits and error must be numbers ({where}, module {module})")
     return Variant(
         name,
         value["recipe"],
@@ -286,6 +303,10 @@ def _parse_variant(name: str, value: Any, place: str) -> Variant:
         value["graphs"],
         files,
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_keys(value: dict[str, Any], keys: set[str], place: str) -> None:

@@ -246,7 +246,9 @@ def _prompts(contract: Contract) -> dict[str, str]:
         for input_type, template in templates.items()
         if contract.default_task is not None or "{task}" not in template
     }
-    return prompts | {task: contract.prompt("query", task) for task in contract.tasks}
+    if contract.takes_tasks:
+        prompts |= {task: contract.prompt("query", task) for task in contract.tasks}
+    return prompts
 
 
 def _leaves_out_the_same(contract: Contract, pieces: Tokenizer) -> bool:

@@ -37,6 +37,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
+_MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 2**40
 
 
@@ -308,10 +309,12 @@ def _entry(entry: Any, place: str) -> tuple[TensorSpec, int]:
         raise BundleError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r} ({place})")
     if (
         not isinstance(shape, list)
-        or any(type(size) is not int or size < 0 for size in shape)
+        or len(shape) > _MAX_DIMENSIONS
+        or any(type(size) is not int or not 0 <= size <= _MAX_ELEMENTS for size in shape)
         or math.prod(shape) > _MAX_ELEMENTS
     ):
-        raise BundleError(f"shape must be a list of sizes, got {shape!r} ({place})")
+        shown = f"{shape!r:.200}"
+        raise BundleError(f"shape must be a list of sizes, got {shown} ({place})")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import NORMS, ModelConfig, parse_config
-from lowmem.artifact.formats import Format, Plain, linear_bytes, read_formats
+from lowmem.artifact.formats import Format, Plain, check_groups, linear_bytes, read_formats
 from lowmem.artifact.tensors import (
     RawTensor,
     StoredTensor,
@@ -156,6 +156,7 @@ class Checkpoint:
         floats = set(expected)
         for module, shape in module_shapes(config).items():
             form = self.formats[module]
+            check_groups(form, shape[1], f"{module} of {self.directory}")
             specs = {f"{module}.{suffix}": spec for suffix, spec in form.specs(*shape).items()}
             expected |= specs
             if isinstance(form, Plain):
@@ -168,7 +169,7 @@ class Checkpoint:
                 problems.append(f"{name} must have shape {spec.shape}, got {found.shape}")
             elif found.dtype != spec.dtype and not (name in floats and found.dtype in _FLOATS):
                 problems.append(f"{name} must be {spec.dtype}, got {found.dtype}")
-        extra = [name for name in self.tensors.keys() - expected.keys() if not _inert(name)]
+        extra = [name for name in self.tensors.keys() - expected.keys() if not is_inert(name)]
         if extra:
             problems.append(f"unexpected tensors: {some_names(extra)}")
         if problems:
@@ -219,6 +220,6 @@ def latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {} if latents is None else latents.shapes(config.hidden_size)
 
 
-def _inert(name: str) -> bool:
+def is_inert(name: str) -> bool:
     """An output head computes no embedding; old checkpoints also store RoPE's frequencies."""
     return name == "lm_head.weight" or name.endswith("self_attn.rotary_emb.inv_freq")

@@ -15,15 +15,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem import cache, data, hardware
+from lowmem import data, hardware
 from lowmem.artifact import strict_json, verdict
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor, parse_floor
 from lowmem.cli import options
 from lowmem.compute.plan import Plan
-from lowmem.errors import CapacityError, InputError, LowmemError
+from lowmem.errors import CapacityError, LowmemError
 from lowmem.hardware import Hardware
 from lowmem.measure import Record, measure, measure_ceiling, package_versions
+from lowmem.outputs import check_output, write_text
 from lowmem.planner.candidates import Subject, Wishes, candidates
 from lowmem.planner.choice import stored_report
 from lowmem.planner.timing import workload
@@ -53,6 +54,7 @@ class Measured:
         plan, record, report = self.plan, self.record, self.report
         return {
             "id": plan.id,
+            "texts": record.texts,
             "tokens_per_second": record.tokens_per_second,
             "texts_per_second": record.texts / record.median_seconds,
             "seconds": record.seconds,
@@ -83,8 +85,8 @@ def bench(
     """Measure every plan: speed, share of the machine's ceiling, memory, fidelity."""
     opened = Bundle(bundle)
     wanted = parse_floor(floor)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise InputError(f"{json_file} cannot be written: its directory does not exist")
+    if json_file is not None:
+        check_output(json_file)
     machine = hardware.probe()
     subject = Subject.of_bundle(opened)
     wishes = Wishes(variant, engine, device, compute, schedule)
@@ -95,14 +97,10 @@ def bench(
         raise CapacityError(f"no plan can run on this machine: {reasons}")
     ceilings = _ceilings(opened, running)
     measured, failed = _measure(opened, subject, running, ceilings, wanted)
+    typer.echo(table(machine, ceilings, measured, failed))
     if json_file is not None:
         record = to_json(opened, machine, subject, ceilings, measured, failed)
-        try:
-            with cache.replacing(json_file) as file:
-                file.write(strict_json.dumps(record).encode())
-        except OSError as error:
-            raise InputError(f"{json_file} cannot be written: {error.strerror}") from error
-    typer.echo(table(machine, ceilings, measured, failed))
+        write_text(json_file, strict_json.dumps(record))
 
 
 def to_json(
@@ -114,7 +112,9 @@ def to_json(
     failed: Sequence[Plan],
 ) -> dict[str, Any]:
     """The documented form; see ``schemas/bench.schema.json``."""
-    rows = workload(subject.config)
+    # Those of a CPU are the first of those of a card.
+    devices = {one.plan.device for one in measured} or {"cpu"}
+    rows = max((workload(subject.config, device) for device in devices), key=len)
     return {
         "format": 1,
         "machine": machine.to_json(),
@@ -177,13 +177,13 @@ def _measure(
     floor: Floor,
 ) -> tuple[list[Measured], list[Plan]]:
     """The plans that ran, and those that failed, with the error as reason."""
-    rows = workload(subject.config)
     measured, failed = [], []
     for plan in plans:
         typer.echo(f"measuring {plan.id}", err=True)
         report = stored_report(plan, bundle)
         plan = plan.with_(fidelity=verdict.fidelity(report, floor))
         try:
+            rows = workload(subject.config, plan.device)
             record = measure(bundle.path, plan, rows, repeats=_REPEATS)
         except LowmemError as error:
             failed.append(plan.with_(dropped=str(error)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -61,7 +62,9 @@ def embed(
         repeated=repeated_share([row.text for row in rows], prompts),
     )
     typer.echo(options.wrapped(f"plan {model.plan.id}: {model.plan.reason}"), err=True)
-    computed = mapped(output.resolve().parent, (len(rows), model.dimensions), "embedding")
+    computed = mapped(
+        Path(os.path.realpath(output)).parent, (len(rows), model.dimensions), "embedding"
+    )
     check_room(output, *computed.shape)
     vectors = model.embed(
         [row.text for row in rows],

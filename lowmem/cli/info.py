@@ -91,10 +91,12 @@ def _reports(bundle: Bundle) -> list[dict[str, Any]]:
     found = []
     for path in sorted((bundle.path / "reports").glob("*.json")):
         report = strict_json.read_object(path)
+        if "reports" in report:  # of report --json, put there by hand
+            continue
         try:
-            plan, mean = report["plan"], report["cosine"]["mean"]
+            plan, mean = str(report["plan"]), float(report["cosine"]["mean"])
             texts, artifact = report["texts"], report["artifact_sha256"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"a report needs plan, cosine, texts and artifact_sha256 ({path})"
             ) from error

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem import cache, hardware
+from lowmem import hardware
 from lowmem.artifact import strict_json
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor, parse_floor
@@ -26,9 +26,10 @@ from lowmem.fidelity.report import (
     compare_plans,
     one_of_each,
 )
-from lowmem.fidelity.store import dump, store
+from lowmem.fidelity.store import check_dump, dump, store
 from lowmem.hardware import Hardware
 from lowmem.measure import package_versions
+from lowmem.outputs import check_output, write_text
 from lowmem.planner.candidates import Subject, Wishes, candidates
 from lowmem.planner.timing import known_speeds
 from lowmem.progress import bar
@@ -92,9 +93,13 @@ def report(
         html.check_installed()
     opened = Bundle(bundle)
     least = parse_floor(floor)
-    for file in (json_file, html_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise InputError(f"{file} cannot be written: its directory does not exist")
+    given = [texts, sts_file, reference_file]
+    if json_file is not None:
+        check_output(json_file, [*given, html_file])
+    if html_file is not None:
+        check_output(html_file, [*given, json_file])
+    if dump_directory is not None:
+        check_dump(dump_directory, given)
     for option, needed, name in (
         (task, retrieval_directory, "--task is the instruction of --retrieval"),
         (sts_task, sts_file, "--sts-task is the instruction of --sts"),
@@ -132,10 +137,9 @@ def report(
         "failed": [{"plan": plan.report_id, "reason": plan.dropped} for plan in failed],
     }
     if json_file is not None:
-        _write(json_file, strict_json.dumps(result))
+        write_text(json_file, strict_json.dumps(result))
     if html_file is not None:
-        page = _page(opened, compared, inputs, machine, least, result)
-        _write(html_file, page)
+        write_text(html_file, _page(opened, compared, inputs, machine, least, result))
     if dump_directory is not None:
         dump(dump_directory, compared, inputs.texts)
     if not failed:
@@ -223,11 +227,3 @@ def _page(
         agreement=result.get("agreement", ()),
         drift=result.get("drift"),
     )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with cache.replacing(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error

@@ -236,20 +236,25 @@ def _cuda_session(onnxruntime: Any, path: Path, checkpoint: Checkpoint, threads:
 
 
 def _alike(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Groups of texts whose padding at most doubles what attention costs, longest first.
+    """Groups of texts whose padding at most doubles tokens and the cost of attention.
 
     Args:
         lengths: Tokens of each text.
 
     Yields:
-        Indices of texts, each once.
+        Indices of texts, each once, longest first.
     """
     order = np.argsort(-lengths, kind="stable")
-    squares = lengths[order] ** 2
+    ordered = lengths[order]
     begin = 0
     for end in range(1, len(order) + 1):
-        cells = (end + 1 - begin) * squares[begin]
-        if end == len(order) or cells > max(2 * squares[begin : end + 1].sum(), _FREE_CELLS):
+        texts, longest = ordered[begin : end + 1], ordered[begin]
+        cells = len(texts) * longest**2
+        if (
+            end == len(order)
+            or len(texts) * longest > 2 * texts.sum()
+            or cells > max(2 * (texts**2).sum(), _FREE_CELLS)
+        ):
             yield order[begin:end]
             begin = end
 

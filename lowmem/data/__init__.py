@@ -35,8 +35,9 @@ class Row:
         text: The bare text, without instruction or special tokens.
         input_type: ``"document"`` or ``"query"``.
         task: The instruction of a query, None for a document.
-        kind: ``prose``, ``question``, ``code``, ``short``, ``multilingual`` or ``long``; in
-            ``workloads`` ``short``, ``mid``, ``long`` or ``instructed``.
+        kind: ``prose``, ``question``, ``code``, ``short``, ``multilingual``, ``long``, or ``cut``
+            for one without its last words; in ``workloads`` ``short``, ``mid``, ``long`` or
+            ``instructed``.
         lang: ISO 639-1 code; code examples count as ``en``.
     """
 

@@ -149,13 +149,32 @@ def _is_report(value: object) -> bool:
     needed = {*_BOUND, "plan", "texts", "cosine", "overlap", "buckets", "tokens_per_second"}
     if not needed <= set(value):
         return False
-    texts, cosine = value["texts"], value["cosine"]
+    texts, cosine, overlap = value["texts"], value["cosine"], value["overlap"]
     return (
         isinstance(texts, dict)
         and {"sha256", "count"} <= set(texts)
         and isinstance(cosine, dict)
-        and all(isinstance(cosine.get(key), float | int) for key in FIGURES)
+        and all(_is_number(cosine.get(key)) for key in FIGURES)
+        and isinstance(overlap, dict)
+        and (overlap.get("10") is None or _is_number(overlap["10"]))
+        and isinstance(value["buckets"], list)
+        and all(map(_is_group, value["buckets"]))
+        and all(isinstance(value[key], str) for key in ("plan", *_BOUND))
+        and (value["tokens_per_second"] is None or _is_number(value["tokens_per_second"]))
+        and isinstance(value.get("versions", {}), dict)
     )
+
+
+def _is_group(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(key), str) for key in ("kind", "name"))
+        and _is_number(value.get("mean"))
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 def _signed(value: float | None, form: str) -> str:

@@ -19,7 +19,7 @@ from lowmem.data import Row
 from lowmem.errors import InputError
 from lowmem.fidelity import metrics, neighbours
 from lowmem.fidelity.directions import Vectors, is_finite
-from lowmem.fidelity.reference import Reference, npy_bytes
+from lowmem.fidelity.reference import Reference, npy_bytes, npy_header
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,18 @@ def read_vectors(path: Path, rows: int, hidden_size: int, is_normalized: bool) -
     read: Callable[..., Any] = np.lib.format.read_array  # has no types of its own
     try:
         with path.open("rb") as file:
+            shape, dtype = npy_header(file)
+            if not np.issubdtype(dtype, np.floating) or shape != (rows, hidden_size):
+                raise InputError(
+                    f"reference vectors must be floats [{rows}, {hidden_size}], one for each text "
+                    f"in its order, got {dtype} {list(shape)} ({path})"
+                )
+            file.seek(0)
             stored = read(file, allow_pickle=False)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as .npy: {error}") from error
-    if not np.issubdtype(stored.dtype, np.floating) or stored.shape != (rows, hidden_size):
-        raise InputError(
-            f"reference vectors must be floats [{rows}, {hidden_size}], one for each text in its "
-            f"order, got {stored.dtype} {list(stored.shape)} ({path})"
-        )
     vectors: Vectors = stored.astype(np.float32)
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
     _refuse(path, ~is_finite(vectors), "hold NaN or infinity")

@@ -116,6 +116,22 @@ def overlap(before: Neighbours, now: Neighbours, k: int) -> float | None:
     return float(kept_shares(before, now, k).mean())
 
 
+def overlap_of_searches(before: Indices, now: Indices, documents: int) -> dict[str, float | None]:
+    """Mean share of the first and of the first ten documents that are still found there.
+
+    Args:
+        before: Documents that each query finds, the nearest first, int64 [queries, depth].
+        now: The same of a plan.
+        documents: How many there are: None is given where all of them are among the first.
+    """
+    return {
+        str(k): None
+        if documents <= k
+        else float(shares_in_common(before[:, :k], now[:, :k]).mean())
+        for k in (1, 10)
+    }
+
+
 def _nearest(distance: Floats, k: int) -> Indices:
     """Columns of the k least of each row, the least first, equal ones in their order."""
     limit = np.partition(distance, k - 1, axis=1)[:, k - 1 : k]

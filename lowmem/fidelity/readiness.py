@@ -41,7 +41,7 @@ def readiness(report: Mapping[str, Any], floor: Floor) -> dict[str, Any]:
     passes = verdict.passes(report["cosine"], report["nonfinite"], floor)
     good, bad = _groups(report, floor)
     lost = list(_lost_uses(report))
-    if report["nonfinite"]:
+    if report["nonfinite"] or not (passes or good):
         good, bad, lost = [], [], []
     reasons = [] if passes else list(_below(report, floor))
     if bad:
@@ -83,21 +83,23 @@ def group_name(group: Mapping[str, Any]) -> str:
 def _groups(
     report: Mapping[str, Any], floor: Floor
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Groups of one kind that reach the floor and that do not.
+    """Groups of one kind that reach the floor, and all groups that do not.
 
-    Of the kinds with both, the one whose good groups hold the most texts: it tells the user best
-    what the plan is still good for. Nothing where no kind has both.
+    The good ones are of the kind that has both, and whose good groups hold the most texts: it tells
+    the user best what the plan is still good for.
     """
-    best: tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]] = [], []
+    best: list[Mapping[str, Any]] = []
+    failing = []
     for kind in _KINDS:
         large = [
             one for one in report["buckets"] if one["kind"] == kind and one["count"] >= GROUP_TEXTS
         ]
         bad = [one for one in large if any(_group_problems(one, floor))]
         good = [one for one in large if one not in bad]
-        if good and bad and _texts(good) > _texts(best[0]):
-            best = good, bad
-    return best
+        failing += bad
+        if bad and _texts(good) > _texts(best):
+            best = good
+    return best, failing
 
 
 def _texts(groups: Sequence[Mapping[str, Any]]) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -228,6 +229,24 @@ def npy_bytes(vectors: Vectors) -> bytes:
     return buffer.getvalue()
 
 
+def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of a ``.npy`` file, before room for its array is taken.
+
+    Raises:
+        ValueError: It is none.
+    """
+    read: dict[tuple[int, int], Callable[..., Any]] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    read_magic: Callable[..., Any] = np.lib.format.read_magic  # has no types of its own
+    version = read_magic(file)
+    if version not in read:
+        raise ValueError(f"version {version} is unknown")
+    shape, _, dtype = read[version](file)
+    return shape, dtype
+
+
 def _read(bundle: Bundle, name: str, path: Path) -> Reference:
     about = strict_json.read_object(path)
     rows = data.load(name)
@@ -238,8 +257,14 @@ def _read(bundle: Bundle, name: str, path: Path) -> Reference:
         "sha256",
     }:
         raise BundleError(f"format must be {FORMAT} with the keys of this version ({path})")
-    texts: dict[str, Any] = about["texts"]
-    if texts["sha256"] != data.sha256(rows):
+    texts = about["texts"]
+    if (
+        not isinstance(texts, dict)
+        or not isinstance(texts.get("tokens"), list)
+        or not all(type(count) is int for count in [*texts["tokens"], texts.get("truncated")])
+    ):
+        raise BundleError(f"texts must be an object with sha256, tokens and truncated ({path})")
+    if texts.get("sha256") != data.sha256(rows):
         raise BundleError(
             f"reference vectors are of another version's {name} texts ({path}): export again"
         )
@@ -252,9 +277,20 @@ def _read(bundle: Bundle, name: str, path: Path) -> Reference:
         raise BundleError(f"{file} cannot be read: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != about["sha256"]:
         raise BundleError(f"{file} is damaged: its sha256 is not the one beside it")
-    vectors = np.load(io.BytesIO(content), allow_pickle=False)
-    if vectors.shape[:1] != (len(rows),) or len(texts["tokens"]) != len(rows):
-        raise BundleError(f"{file} must hold {len(rows)} vectors, got shape {vectors.shape}")
+    stream = io.BytesIO(content)
+    try:
+        shape, dtype = npy_header(stream)
+    except ValueError as error:
+        raise BundleError(f"{file} is no .npy file: {error}") from error
+    if (
+        dtype != np.float32
+        or len(shape) != 2
+        or not shape[0] == len(texts["tokens"]) == len(rows)
+        or len(content) != stream.tell() + math.prod(shape) * dtype.itemsize
+    ):
+        raise BundleError(f"{file} must hold {len(rows)} float32 vectors, got {dtype} {shape}")
+    stream.seek(0)
+    vectors = np.load(stream, allow_pickle=False)
     counts = tuple(texts["tokens"])
     return Reference(name, rows, counts, texts["truncated"], vectors, about["sha256"])
 

@@ -235,7 +235,9 @@ def _compare(
             tokens=reference.tokens,
             languages=[row.lang for row in rows],
             input_types=[row.input_type for row in rows],
-            kept=neighbours.kept_shares(before, now, NEIGHBOURS) if len(rows) > 1 else None,
+            kept=neighbours.kept_shares(before, now, NEIGHBOURS)
+            if len(rows) - 1 > NEIGHBOURS
+            else None,
         ),
         "overlap": {str(k): neighbours.overlap(before, now, k) for k in (1, NEIGHBOURS)},
         "search": _search(rows, reference.vectors, vectors),
@@ -287,8 +289,5 @@ def _search(
     return {
         "queries": int(is_query.sum()),
         "documents": int((~is_query).sum()),
-        "overlap": {
-            str(k): float(neighbours.shares_in_common(before[:, :k], now[:, :k]).mean())
-            for k in (1, NEIGHBOURS)
-        },
+        "overlap": neighbours.overlap_of_searches(before, now, int((~is_query).sum())),
     }

@@ -8,6 +8,8 @@ in the file comes first.
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -200,10 +202,7 @@ def judge(collection: Collection, reference: Vectors, vectors: Vectors) -> dict[
         "queries": len(collection.queries),
         "level": LEVEL,
         "figures": figures,
-        "overlap": {
-            str(k): float(neighbours.shares_in_common(before[:, :k], now[:, :k]).mean())
-            for k in (1, 10)
-        },
+        "overlap": neighbours.overlap_of_searches(before, now, count),
     }
 
 
@@ -220,7 +219,7 @@ def _read_texts(path: Path, input_type: str, task: str | None) -> list[Row]:
         rows.append(Row(id_, whole, input_type, task))
     ids = [row.id for row in rows]
     if len(set(ids)) < len(ids):
-        repeated = sorted({id_ for id_ in ids if ids.count(id_) > 1})[:_MOST_NAMED]
+        repeated = sorted(id_ for id_, count in Counter(ids).items() if count > 1)[:_MOST_NAMED]
         raise InputError(f"{path} must have each _id once, got several {', '.join(repeated)}")
     if not rows:
         raise InputError(f"{path} holds no text")
@@ -238,7 +237,7 @@ def _read_qrels(path: Path, queries: set[str], documents: set[str]) -> dict[str,
     unknown = []
     for number, line in enumerate(lines[1:], 2):
         parts = line.split("\t")
-        if len(parts) != 3 or not parts[2].strip().lstrip("-").isdecimal():
+        if len(parts) != 3 or not re.fullmatch("-?[0-9]{1,9}", parts[2].strip()):
             raise InputError(f"line {number} of {path} must be two ids and a whole number")
         query, document, score = parts[0], parts[1], int(parts[2])
         if query not in queries or document not in documents:

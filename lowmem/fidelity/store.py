@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,12 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.errors import InputError
 from lowmem.fidelity.reference import Reference
 from lowmem.fidelity.report import Compared
+from lowmem.outputs import check_output
 
 logger = logging.getLogger(__name__)
+
+_TEXTS, _REFERENCE = "texts.jsonl", "reference.npy"
+_LONGEST_LINE_BYTES = 2**24
 
 
 def store(bundle: Bundle, compared: Sequence[Compared], pages: Mapping[str, str]) -> None:
@@ -41,6 +47,40 @@ def store(bundle: Bundle, compared: Sequence[Compared], pages: Mapping[str, str]
         logger.warning("reports are not stored: %s cannot be written (%s)", folder, error.strerror)
 
 
+def check_dump(directory: Path, given: Iterable[Path | None]) -> None:
+    """Refuses a directory where a dump would replace anything but an earlier dump.
+
+    Args:
+        directory: Where :func:`dump` shall write; it need not exist.
+        given: Input files of the same command.
+
+    Raises:
+        InputError: It is no directory, or holds files of those names that are no dump's.
+    """
+    if not os.path.isdir(directory):
+        if os.path.lexists(directory):
+            raise InputError(f"--dump takes a directory, and {directory} is none")
+        return
+    files = [directory / _TEXTS, directory / _REFERENCE]
+    for file in files:
+        if os.path.lexists(file):
+            check_output(file, given)
+    if any(map(os.path.lexists, files)) and not _is_dump(files[0]):
+        raise InputError(
+            f"{directory} has a {_TEXTS} or {_REFERENCE} that no dump wrote: "
+            "give --dump another directory"
+        )
+
+
+def _is_dump(texts: Path) -> bool:
+    try:
+        with texts.open("rb") as file:
+            row = json.loads(file.readline(_LONGEST_LINE_BYTES))
+    except (OSError, ValueError):
+        return False
+    return isinstance(row, dict) and set(row) == {"id", "text", "input_type", "task"}
+
+
 def dump(directory: Path, compared: Sequence[Compared], reference: Reference) -> None:
     """Writes the texts, the reference's vectors and each plan's, as ``report --dump`` does.
 
@@ -55,12 +95,12 @@ def dump(directory: Path, compared: Sequence[Compared], reference: Reference) ->
     ]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with cache.replacing(directory / "texts.jsonl") as file:
+        with cache.replacing(directory / _TEXTS) as file:
             file.write(b"\n".join(lines) + b"\n")
-        arrays = {"reference": reference.vectors}
-        arrays |= {str(one.report["plan"]): one.vectors for one in compared}
+        arrays = {_REFERENCE: reference.vectors}
+        arrays |= {f"{one.report['plan']}.npy": one.vectors for one in compared}
         for name, vectors in arrays.items():
-            with cache.replacing(directory / f"{name}.npy") as file:
+            with cache.replacing(directory / name) as file:
                 np.save(file, vectors)
     except OSError as error:
         raise InputError(f"{directory} cannot be written: {error.strerror}") from error

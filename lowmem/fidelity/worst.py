@@ -35,10 +35,12 @@ def worst(
 
     Returns:
         Objects with ``id``, ``cosine``, ``tokens``, ``input_type``, an excerpt as ``text``,
-        ``kept`` of ``of`` nearest texts, and the nearest text by the reference and by the plan.
+        ``kept`` of ``of`` nearest texts (None where those are all others), and the nearest text by
+        the reference and by the plan.
     """
     depth = before.nearest.shape[1]
     kept = neighbours.kept_shares(before, now, depth) * depth
+    says_something = len(rows) - 1 > depth  # else all other texts are among the nearest
     return [
         {
             "id": rows[place].id,
@@ -46,7 +48,7 @@ def worst(
             "tokens": tokens[place],
             "input_type": rows[place].input_type,
             "text": excerpt(rows[place].text),
-            "kept": round(float(kept[place])),
+            "kept": round(float(kept[place])) if says_something else None,
             "of": depth,
             "nearest_before": _nearest(before, place, rows),
             "nearest_now": _nearest(now, place, rows),

@@ -142,12 +142,11 @@ def _row(
     lang = own.get("lang", "")
     if not isinstance(lang, str):
         raise ValueError(f"must have a string as lang, got {_short(lang)}")
-    if own.get("input_type") == "document":
-        task = None
-    input_type, task = own.get("input_type", input_type), own.get("task", task)
+    input_type = own.get("input_type", input_type)
+    task = own.get("task", None if input_type == "document" else task)
     if problem := _instruction_problem(input_type, task):
         raise ValueError(f"is refused: {problem}")
-    if input_type == "document" and "task" in own and "input_type" not in own:
+    if input_type == "document" and "task" in own:
         raise ValueError("has a task and is a document, which has none: say that it is a query")
     return InputRow(
         id=str(row_id), text=text, input_type=input_type, task=task, lang=lang, line=line

@@ -132,10 +132,15 @@ class Tokenizer:
     def encode_rows(self, rows: Sequence[Row]) -> list[EncodedText]:
         """Rows with the contract's prompts before them; those over the limit are cut.
 
+        Where the contract has no place for instructions, those of the rows are left out.
+
         Raises:
             InputError: As ``encode``, or the contract has no such prompt.
         """
-        prompts = [self._contract.prompt(row.input_type, row.task) for row in rows]
+        takes_tasks = self._contract.takes_tasks
+        prompts = [
+            self._contract.prompt(row.input_type, row.task if takes_tasks else None) for row in rows
+        ]
         return self.encode([row.text for row in rows], prompts, truncate=True)
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem import disk
+from lowmem import disk, outputs
 from lowmem.cache import replacing
 from lowmem.data import Row
 from lowmem.errors import CapacityError, InputError, reason_of
@@ -30,23 +30,13 @@ def check_output(path: Path, *, source: Path | None = None) -> None:
         source: The input, which the output must not replace.
 
     Raises:
-        InputError: The suffix is none of .npy, .jsonl and .parquet, the directory is missing or
-            cannot be written to, or ``path`` is ``source`` or no regular file.
+        InputError: The suffix is none of .npy, .jsonl and .parquet, or what
+            :func:`lowmem.outputs.check_output` refuses.
         BackendError: pyarrow is needed and not installed.
     """
     if known_suffix(path, "an output file", _WRITERS) == ".parquet":
         load_pyarrow("writing")
-    target = os.path.realpath(path)
-    parent = os.path.dirname(target)
-    if not os.path.isdir(parent):
-        raise InputError(f"the output's directory must exist, got {path}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"the output's directory must be writable, got {path}")
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise InputError(f"the output must be a regular file, got {path}")
-    if source is not None and os.path.exists(source) and os.path.exists(target):
-        if os.path.samefile(source, target):
-            raise InputError(f"the output must be another file than the input, got {path} for both")
+    outputs.check_output(path, [source])
 
 
 def check_room(path: Path, texts: int, dimensions: int) -> None:

@@ -161,3 +161,12 @@ def test_the_contract_of_the_demo_model_is_valid() -> None:
         "Query: "
     )
     assert contract.prompt("document") == ""
+
+
+def test_a_task_is_refused_where_there_is_no_place_for_it() -> None:
+    contract = replace(LINQ, query_template="query: {text}", tasks={}, default_task=None)
+    assert not contract.takes_tasks
+    assert contract.prompt("query") == contract.prompt("query", "") == "query: "
+    for made, input_type in ((contract, "query"), (LINQ, "document")):
+        with pytest.raises(InputError, match=f"takes a {input_type} without a task, got 'Find'"):
+            made.prompt(input_type, "Find")

@@ -116,6 +116,12 @@ def test_a_variant_whose_name_is_no_plain_name_is_refused(name: str, bundle: Pat
         ({"later": 1, "other": 2}, "unknown key 'later'; unknown key 'other' ({})"),
         ({"contract": None}, "missing key 'contract' ({})"),
         ({"variants": []}, "variants must be an object ({})"),
+        ({"source": {}}, "source.name must be a string ({})"),
+        ({"source": {"name": "a", "sha256": 5}}, "source.sha256 must be a string ({})"),
+        (
+            {"source": {"name": "a", "sha256": "b", "revision": []}},
+            "source.revision must be a string or null ({})",
+        ),
         ({"variants": {"int4": 1}}, "a variant must be an object ({}, variant int4)"),
         (
             {"variants": {"int4": {}}},
@@ -135,3 +141,37 @@ def test_a_manifest_of_another_kind_is_refused(
     with pytest.raises(BundleError):
         write_bundle(tiny_bundle.parent / "checkpoint", bundle, ["int4"], force=True)
     assert_equal(tree(bundle), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("bits_per_weight", {}, "bits_per_weight must be numbers for linears and model"),
+        ("bits_per_weight", {"linears": "4", "model": 5}, "bits_per_weight must be numbers"),
+        ("graphs", {"config.json": [1]}, r"a graph's compute must be a string, got \[1\]"),
+        ("modules", {"layers.0.mlp": {"bits": None, "error": 1}}, "bits and error must be numbers"),
+    ],
+)
+def test_what_a_variant_says_of_itself_has_its_type(
+    key: str, value: Any, text: str, bundle: Path
+) -> None:
+    variants = json.loads((bundle / "lowmem.json").read_text())["variants"]
+    variants["int4"][key] = value
+    edit(bundle, variants=variants)
+    with pytest.raises(BundleError, match=text):
+        Bundle(bundle)
+
+
+def test_weights_that_were_not_exported_are_not_taken_for_those_that_were(bundle: Path) -> None:
+    shutil.copy(bundle / "int8" / "model.safetensors", bundle / "fp16" / "other.safetensors")
+    with pytest.raises(BundleError, match=r"fp16/other\.safetensors is not among the files that"):
+        Bundle(bundle).check("fp16")
+
+
+def test_a_loop_of_links_is_a_file_that_cannot_be_read(bundle: Path) -> None:
+    file = bundle / "int4" / "config.json"
+    file.unlink()
+    file.symlink_to(bundle / "int4" / "loop")
+    (bundle / "int4" / "loop").symlink_to(file)
+    with pytest.raises(BundleError, match=r"int4/config\.json cannot be read"):
+        Bundle(bundle).check("int4")

@@ -332,3 +332,12 @@ def test_a_file_that_another_has_taken_the_place_of_is_not_read(
 def test_few_names_stand_for_many() -> None:
     assert some_names(["b", "a"]) == "a, b"
     assert some_names(map(str, range(9)), most=2) == "0, 1 and 7 more"
+
+
+@pytest.mark.parametrize("shape", [[1] * 9, [10**19] * 40_000, [10**15 + 1]])
+def test_a_shape_of_too_many_or_too_large_sizes_is_refused_at_once(
+    tmp_path: Path, shape: list[int]
+) -> None:
+    with pytest.raises(BundleError, match="shape must be a list of sizes") as caught:
+        read_header(write(tmp_path / "x.safetensors", {"a": entry(shape, 0, 1)}, b"0"))
+    assert len(str(caught.value)) < 500

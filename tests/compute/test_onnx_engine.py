@@ -144,12 +144,14 @@ def test_a_mean_leaves_out_the_instruction(tmp_path: Path, source: Path) -> None
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=40))
-def test_padding_at_most_doubles_what_attention_costs(sizes: list[int]) -> None:
+def test_padding_at_most_doubles_tokens_and_what_attention_costs(sizes: list[int]) -> None:
     lengths = np.array(sizes, np.int64)
     groups = list(_alike(lengths))
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(sizes)))
     for group in groups:
-        cells = len(group) * int(lengths[group].max()) ** 2
+        longest = int(lengths[group].max())
+        assert len(group) * longest <= 2 * int(lengths[group].sum())
+        cells = len(group) * longest**2
         assert cells <= max(2 * int((lengths[group] ** 2).sum()), _FREE_CELLS) or len(group) == 1
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.folds import balance, fold
+from export.folds import _fold_norm, balance, fold
 from export.hidden_states import ATTENTION, DOWN, MLP, OUTPUT
 from lowmem.artifact.config import parse_config
 from lowmem.artifact.tensors import RawTensor
@@ -128,3 +128,12 @@ def test_inputs_that_are_always_zero_have_finite_scales() -> None:
     inputs[:, 3] = 0
     assert bool(torch.isfinite(balance(inputs, torch.ones(4, 16)).log()).all())
     assert bool(torch.isfinite(balance(torch.zeros(4, 16), torch.zeros(4, 16)).log()).all())
+
+
+def test_a_norm_whose_quotient_is_too_large_for_its_dtype_is_divided_by_less() -> None:
+    norm = RawTensor("F16", np.array([3.0, 2.0], np.float16))
+    stored, exact = _fold_norm(norm, torch.tensor([1e-6, 0.5]))
+    assert np.isfinite(stored.array).all()
+    torch.testing.assert_close(
+        torch.from_numpy(stored.array).float() * exact, torch.tensor([3.0, 2.0])
+    )

@@ -1,12 +1,7 @@
-"""Graphs: their vectors are those of transformers, and their weights are the stored bytes."""
+"""Vectors of graphs are those of transformers."""
 
-import json
-import os
-import tracemalloc
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -19,18 +14,26 @@ from numpy.typing import NDArray
 from export.graph import write_graphs
 from export.graph.builder import Builder
 from export.graph.linears import Rows
-from lowmem.artifact.config import ModelConfig, config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import (
-    BnbInt8,
     Format,
-    Int8Channel,
     IntGrouped,
     Plain,
-    quantization_config,
 )
-from lowmem.artifact.tensors import TensorSpec
-from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, Checkpoint, LinearWeights, module_shapes
+from lowmem.artifact.weights import Checkpoint, LinearWeights, module_shapes
+from tests.graphs import (
+    BIDIRECTIONAL,
+    EXACT_FORMATS,
+    MEAN,
+    Ids,
+    Vectors,
+    external,
+    pad,
+    run,
+    session,
+    texts,
+    write_variants,
+)
 from tests.models import CONTRACT, LAYERS, VOCAB_SIZE, tiny_checkpoint
 from tests.tolerances import (
     INVARIANCE,
@@ -39,28 +42,7 @@ from tests.tolerances import (
     ONNX_ROUNDED_MEDIAN_COSINE,
     PARITY_COSINE,
 )
-from tests.variants import oracle, write_sparse, write_variant
-
-Vectors = NDArray[np.float32]
-Ids = list[int]
-
-MEAN = replace(CONTRACT, pooling="mean")
-BIDIRECTIONAL = replace(MEAN, is_causal=False)
-
-EXACT_FORMATS: dict[str, Format] = {
-    "f16": Plain("F16"),
-    "bf16": Plain("BF16"),
-    "4 bits, groups of 32": IntGrouped(4, 32),
-    "4 bits, groups of 64": IntGrouped(4, 64),
-    "8 bits, groups of 64": IntGrouped(8, 64),
-    "8 bits by channel, inputs as they are": Int8Channel(rounds_activations=False),
-}
-
-
-def texts(seed: int = 0) -> list[Ids]:
-    """Ids of one token and of many."""
-    random = np.random.default_rng(seed)
-    return [random.integers(4, VOCAB_SIZE, size).tolist() for size in (1, 2, 7, 7, 20, 33, 1)]
+from tests.variants import oracle, write_variant
 
 
 @pytest.fixture(scope="module")
@@ -70,49 +52,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def variants(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A variant of each format with its graphs for last token pooling."""
-    folder = tmp_path_factory.mktemp("variants")
-    forms: dict[str, Format] = {**EXACT_FORMATS, "int8": Int8Channel()}
-    directories = {
-        name: write_variant(source, folder / str(number), form)
-        for number, (name, form) in enumerate(forms.items())
-    }
-    for directory in directories.values():
-        write_graphs(directory, CONTRACT)
-    return directories
-
-
-def session(directory: Path, graph: str = "model.onnx") -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return onnxruntime.InferenceSession(
-        directory / graph, options, providers=["CPUExecutionProvider"]
-    )
-
-
-def pad(rows: list[Ids], side: str, columns: int | None = None) -> dict[str, NDArray[np.int64]]:
-    """Ids and mask of some texts; what stands in the padding is arbitrary."""
-    width = columns or max(map(len, rows))
-    random = np.random.default_rng(1)
-    ids = random.integers(0, VOCAB_SIZE, (len(rows), width))
-    mask = np.zeros_like(ids)
-    for row, text in enumerate(rows):
-        places = {
-            "right": np.arange(len(text)),
-            "left": np.arange(width - len(text), width),
-            "anywhere": np.sort(random.choice(width, len(text), replace=False)),
-        }[side]
-        ids[row, places] = text
-        mask[row, places] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def run(model: onnxruntime.InferenceSession, feeds: Mapping[str, NDArray[np.int64]]) -> Vectors:
-    vectors: Vectors
-    (vectors,) = model.run(["sentence_embedding"], dict(feeds))
-    assert vectors.dtype == np.float32
-    return vectors
+    return write_variants(source, tmp_path_factory.mktemp("variants"))
 
 
 def distances(left: Vectors, right: Vectors) -> NDArray[np.float64]:
@@ -135,13 +75,6 @@ def hidden_states(model: torch.nn.Module, ids: Ids, is_causal: bool = True) -> t
 
 def last_tokens(model: torch.nn.Module, rows: list[Ids]) -> Vectors:
     return np.stack([hidden_states(model, ids)[-1].numpy() for ids in rows])
-
-
-def external(path: Path) -> Iterator[tuple[onnx.TensorProto, dict[str, str]]]:
-    """Initializers that lie outside the graph, with their location, offset and length."""
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-        if tensor.external_data:
-            yield tensor, {entry.key: entry.value for entry in tensor.external_data}
 
 
 class RoundedLinear(torch.nn.Module):
@@ -351,106 +284,6 @@ def test_rows_are_rounded_as_defined_and_a_row_of_zeros_stays_zero() -> None:
     assert got_codes.min() >= 1
 
 
-@pytest.mark.parametrize("name", [*EXACT_FORMATS, "int8"])
-def test_weights_are_the_stored_bytes(variants: dict[str, Path], name: str) -> None:
-    directory = variants[name]
-    tensors = Checkpoint(directory).tensors
-    unread = {name for name in tensors if name.endswith("weight_shape") or "lm_head" in name}
-    for graph in directory.glob("*.onnx"):
-        seen = set()
-        for initializer, entry in external(graph):
-            stored = tensors[initializer.name]
-            assert entry["location"] == stored.path.name
-            assert int(entry["offset"]) == stored.offset
-            assert int(entry["length"]) == stored.nbytes
-            seen.add(initializer.name)
-        assert seen == tensors.keys() - unread
-        assert graph.stat().st_size < 100_000
-
-
-def test_linears_that_share_an_input_share_its_rounding(variants: dict[str, Path]) -> None:
-    nodes = onnx.load(variants["int8"] / "model.onnx", load_external_data=False).graph.node
-    products = [node for node in nodes if node.op_type == "QGemm"]
-    assert len(products) == 7 * LAYERS
-    assert len({node.input[0] for node in products}) == 4 * LAYERS
-
-
-def test_nodes_are_named_after_their_place_in_the_model(variants: dict[str, Path]) -> None:
-    names = {
-        name: {
-            node.name
-            for node in onnx.load(
-                variants[name] / "model.onnx", load_external_data=False
-            ).graph.node
-        }
-        for name in ("f16", "4 bits, groups of 32")
-    }
-    assert "/model/layers.0/attn/q_proj/Gemm" in names["f16"]
-    assert "/model/layers.1/mlp/down_proj/MatMulNBits" in names["4 bits, groups of 32"]
-
-
-@pytest.mark.parametrize("form", [Plain("F16"), IntGrouped(4, 32), Int8Channel()])
-def test_the_same_variant_gives_the_same_graphs(tmp_path: Path, source: Path, form: Format) -> None:
-    first, second = (
-        write_variant(source, tmp_path / name, form) for name in ("first", "another_place")
-    )
-    graphs = write_graphs(first, CONTRACT)
-    assert graphs == write_graphs(second, CONTRACT)
-    for graph in graphs:
-        data = (first / graph).read_bytes()
-        assert data == (second / graph).read_bytes()
-        assert str(tmp_path).encode() not in data
-        assert onnx.load_from_string(data).producer_name == "lowmem"
-
-
-@pytest.mark.parametrize(
-    ("form", "graphs"),
-    [
-        (Plain("F16"), {"model.onnx": "fp32", "model_fp16.onnx": "fp16"}),
-        (Plain("BF16"), {"model.onnx": "fp32"}),
-        (IntGrouped(4, 64), {"model.onnx": "fp32", "model_int8.onnx": "int8"}),
-        (IntGrouped(8, 32), {"model.onnx": "fp32", "model_int8.onnx": "int8"}),
-        (IntGrouped(4, 8), {}),
-        (Int8Channel(), {"model.onnx": "int8"}),
-        (Int8Channel(rounds_activations=False), {"model.onnx": "fp32"}),
-    ],
-)
-def test_formats_say_which_graphs_there_are(
-    tmp_path: Path, source: Path, form: Format, graphs: dict[str, str]
-) -> None:
-    variant = write_variant(source, tmp_path / "variant", form)
-    assert write_graphs(variant, CONTRACT) == graphs
-    assert {path.name for path in variant.glob("*.onnx*")} == graphs.keys()
-
-
-@pytest.mark.parametrize(
-    ("contract", "head_dim", "has_graphs"),
-    [(CONTRACT, 24, False), (MEAN, 24, False), (BIDIRECTIONAL, 24, True), (CONTRACT, 48, True)],
-)
-def test_causal_heads_have_graphs_where_onnx_runtime_takes_their_size(
-    tmp_path: Path, contract: Contract, head_dim: int, has_graphs: bool
-) -> None:
-    variant = tiny_checkpoint(tmp_path / "source", head_dim=head_dim).path
-    graphs = write_graphs(variant, contract)
-    assert {path.name for path in variant.glob("*.onnx*")} == graphs.keys()
-    assert bool(graphs) == has_graphs
-    if has_graphs:
-        feeds = pad(texts(), "right")
-        if contract.pooling == "mean":
-            feeds["pooling_mask"] = feeds["attention_mask"]
-        assert np.isfinite(run(session(variant), feeds)).all()
-
-
-def test_mixed_and_foreign_formats_have_no_graph(tmp_path: Path, source: Path) -> None:
-    modules = list(module_shapes(Checkpoint(source).config))
-    mixed: dict[str, Format] = dict.fromkeys(modules, IntGrouped(4, 32))
-    mixed[modules[-1]] = Plain("F16")
-    assert write_graphs(write_variant(source, tmp_path / "mixed", mixed), CONTRACT) == {}
-    config = Checkpoint(source).config
-    directory = sparse_variant(tmp_path / "foreign", config, BnbInt8())
-    assert write_graphs(directory, CONTRACT) == {}
-
-
 def test_grouped_codes_may_differ_in_bits_and_group(tmp_path: Path, source: Path) -> None:
     modules = list(module_shapes(Checkpoint(source).config))
     forms: list[Format] = [IntGrouped(4, 32), IntGrouped(8, 64), IntGrouped(4, 64)]
@@ -460,43 +293,3 @@ def test_grouped_codes_may_differ_in_bits_and_group(tmp_path: Path, source: Path
     vectors = run(session(variant), pad(texts(), "right"))
     expected = last_tokens(oracle(source, variant), texts())
     assert distances(vectors, expected).max() < PARITY_COSINE
-
-
-def test_weights_may_have_several_hard_links(tmp_path: Path, source: Path) -> None:
-    variant = write_variant(source, tmp_path / "int8", Int8Channel())
-    os.link(variant / "model.safetensors", tmp_path / "second.safetensors")
-    write_graphs(variant, CONTRACT)
-    assert np.isfinite(run(session(variant), pad(texts(), "right"))).all()
-
-
-@pytest.mark.parametrize("form", [Plain("F16"), IntGrouped(4, 128), Int8Channel()])
-def test_graphs_of_a_7b_model_are_small_and_no_weight_is_read(tmp_path: Path, form: Format) -> None:
-    config = ModelConfig("mistral", 32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 10000.0, 32768, 4096)
-    directory = sparse_variant(tmp_path / "variant", config, form)
-    tracemalloc.start()
-    try:
-        graphs = write_graphs(directory, replace(CONTRACT, max_seq_length=4096))
-        _, peak_bytes = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak_bytes < 96 * 2**20, "less than the smallest of the large matrices"
-    assert all((directory / graph).stat().st_size < 2 * 2**20 for graph in graphs)
-
-
-def sparse_variant(directory: Path, config: ModelConfig, form: Format) -> Path:
-    """A variant of any size whose weights are holes in a file."""
-    directory.mkdir()
-    specs = {EMBEDDING: TensorSpec("F16", (config.vocab_size, config.hidden_size))}
-    for layer in range(config.num_hidden_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            specs[f"layers.{layer}.{norm}.weight"] = TensorSpec("F16", (config.hidden_size,))
-    specs[FINAL_NORM] = TensorSpec("F16", (config.hidden_size,))
-    modules = module_shapes(config)
-    for module, shape in modules.items():
-        for suffix, spec in form.specs(*shape).items():
-            specs[f"{module}.{suffix}"] = spec
-    value: dict[str, Any] = config_json(config, "float16")
-    value["quantization_config"] = quantization_config(dict.fromkeys(modules, form))
-    (directory / "config.json").write_text(json.dumps(value))
-    write_sparse(directory, specs)
-    return directory

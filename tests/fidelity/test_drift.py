@@ -97,6 +97,11 @@ def test_both_kinds_of_file_are_read(tmp_path: Path) -> None:
         {"format": 1, "plans": []},
         {**report(), "format": 2},
         {**report(), "texts": []},
+        {**report(), "overlap": None},
+        {**report(), "buckets": [1]},
+        {**report(), "artifact_sha256": 5},
+        {**report(), "versions": None},
+        {**report(), "tokens_per_second": "fast"},
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, value: Any) -> None:

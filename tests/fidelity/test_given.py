@@ -109,3 +109,11 @@ def test_the_texts_that_are_compared_are_spread() -> None:
     assert given.checked(20) == [0, 2, 5, 8, 10, 13, 16, 19]
     assert given.checked(3) == [0, 1, 2]
     assert given.checked(1) == [0]
+
+
+def test_a_shape_is_refused_before_room_is_taken_for_it(tmp_path: Path) -> None:
+    with (tmp_path / "theirs.npy").open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (20, 10**13)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(InputError, match=r"got float32 \[20, 10000000000000\]"):
+        given.read_vectors(tmp_path / "theirs.npy", 20, 32, True)

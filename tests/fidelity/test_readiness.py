@@ -75,7 +75,7 @@ def test_a_plan_below_the_floor_may_still_serve_most_texts() -> None:
         bucket("length", "17-64", 0.995, 60),
     ]
     found = readiness(report(0.98, 0.9, 0.8, buckets=groups), STANDARD)
-    assert found["words"] == "ready for documents, not for queries"
+    assert found["words"] == "ready for documents, not for queries and texts of 1-16 tokens"
     assert len(found["reasons"]) == 2
 
 
@@ -131,3 +131,22 @@ def test_few_texts_and_vectors_that_depend_on_their_batch_are_cautions() -> None
     )
     still = {"texts": 6, "alone": 1e-9, "shuffled": 0.0, "neighbours": 1e-9}
     assert readiness(report(invariance=still), STANDARD)["caution"] is None
+
+
+def test_a_group_that_fails_is_named_though_no_other_of_its_kind_is_large() -> None:
+    groups = [bucket("input_type", "document", 0.99, 300), bucket("language", "de", 0.93, 12)]
+    found = readiness(report(buckets=groups), STANDARD)
+    assert found["state"] == "partly"
+    assert found["words"] == "ready, but not for texts in “de”"
+    assert found["reasons"] == ["texts in “de”: mean cosine 0.9300, the floor asks 0.985"]
+
+
+def test_groups_of_every_kind_that_fail_are_named() -> None:
+    groups = [
+        bucket("input_type", "document", 0.99, 288),
+        bucket("input_type", "query", 0.95, 12),
+        bucket("language", "de", 0.93, 12),
+        bucket("language", "en", 0.99, 280),
+    ]
+    found = readiness(report(buckets=groups), STANDARD)
+    assert found["words"] == "ready for documents, not for queries and texts in “de”"

@@ -1,4 +1,5 @@
 import hashlib
+import io
 import json
 import shutil
 
@@ -140,3 +141,43 @@ def test_own_texts_are_computed_once_by_each_version(bundle, computed, monkeypat
     own()
     own()
     assert len(computed) == 3
+
+
+@pytest.mark.parametrize("texts", [[], {}, {"tokens": 5, "truncated": 0}, {"tokens": ["a"]}])
+def test_a_reference_that_says_nothing_of_its_texts_is_made_again(bundle, computed, texts):
+    reference.write(bundle, made("quick"))
+    path = bundle.path / "reference" / "quick.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "texts": texts}))
+    with pytest.raises(BundleError, match="texts must be an object with sha256, tokens and trunc"):
+        reference.stored(bundle)
+    export_command._write_reference(bundle, "quick")
+    assert computed == ["quick"]
+
+
+def header_of(shape):
+    stream = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no array at all", r"quick\.npy is no \.npy file"),
+        (
+            header_of((64, 10**12)),
+            r"must hold 64 float32 vectors, got float32 \(64, 1000000000000\)",
+        ),
+        (reference.npy_bytes(zeros(63)), r"must hold 64 float32 vectors, got float32 \(63, 4\)"),
+    ],
+)
+def test_vectors_that_cannot_be_those_of_the_texts_are_refused_unread(bundle, content, message):
+    reference.write(bundle, made("quick"))
+    folder = bundle.path / "reference"
+    (folder / "quick.npy").write_bytes(content)
+    about = json.loads((folder / "quick.json").read_text())
+    about["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "quick.json").write_text(json.dumps(about))
+    with pytest.raises(BundleError, match=message):
+        reference.stored(bundle)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowmem.errors import InputError
-from lowmem.fidelity import retrieval
+from lowmem.fidelity import neighbours, retrieval
 from lowmem.fidelity.retrieval import read_collection, scores
 
 DOCUMENTS = [
@@ -91,7 +91,7 @@ def test_equal_vectors_lose_nothing_and_swapped_ones_do(tmp_path: Path) -> None:
         "difference": 0.0,
         "interval": [0.0, 0.0],
     }
-    assert same["overlap"] == {"1": 1.0, "10": 1.0}
+    assert same["overlap"] == {"1": 1.0, "10": None}
     worse = retrieval.judge(found, reference, reference[[1, 0, 2, 3, 4]])
     assert worse["name"] == "set"
     assert worse["overlap"]["1"] == 0.0
@@ -162,3 +162,15 @@ def test_a_collection_without_judgements_is_refused(tmp_path: Path) -> None:
     (tmp_path / "qrels.tsv").write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"qrels\.tsv cannot be read"):
         read_collection(tmp_path)
+
+
+@pytest.mark.parametrize("score", ["--5", "1" * 400, "1.0", ""])
+def test_a_judgement_is_a_whole_number(tmp_path: Path, score: str) -> None:
+    folder = write(tmp_path / "set", qrels=[("q1", "d1", score)])
+    with pytest.raises(InputError, match=r"line 2 of .* must be two ids and a whole number"):
+        read_collection(folder)
+
+
+def test_an_overlap_says_nothing_where_all_documents_are_found() -> None:
+    before, now = ranked([0, 1, 2], [1, 0, 2]), ranked([0, 2, 1], [2, 0, 1])
+    assert neighbours.overlap_of_searches(before, now, 3) == {"1": 0.5, "10": None}

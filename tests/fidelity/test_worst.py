@@ -41,7 +41,7 @@ def test_the_worst_texts_stand_first_with_what_became_of_their_neighbours() -> N
 def test_a_single_text_has_no_neighbour() -> None:
     alone = neighbours.find(np.ones((1, 3), np.float32), 10)
     [found] = worst(np.array([0.5]), ROWS[:1], [3], alone, alone)
-    assert (found["kept"], found["of"], found["nearest_now"]) == (0, 0, None)
+    assert (found["kept"], found["of"], found["nearest_now"]) == (None, 0, None)
 
 
 def test_an_excerpt_is_one_line_of_160_characters() -> None:

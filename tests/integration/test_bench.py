@@ -9,11 +9,16 @@ import pytest
 from typer.testing import CliRunner
 
 from lowmem import schemas
+from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.verdict import FLOORS
 from lowmem.cli import app, bench
 from lowmem.compute.plan import Plan
+from lowmem.data import Row
 from lowmem.errors import BackendError, CapacityError, InputError
 from lowmem.hardware import Hardware
 from lowmem.measure import Record
+from lowmem.planner.candidates import Subject
+from tests.shapes import SEVEN_B
 
 MACHINE = Hardware("AMD EPYC 9R14", 8, (), 16 * 2**30, 12 * 2**30)
 
@@ -93,3 +98,22 @@ def test_the_table_is_80_columns_wide_with_the_longest_names_and_figures() -> No
     assert max(map(len, lines)) <= 80
     assert "133333  333.33 0.87     14.0G   14.0G 0.9991" in lines[-2]
     assert lines[-1].endswith(" -")
+
+
+def test_a_card_gets_all_texts_and_a_cpu_as_many_as_it_takes_seconds(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+
+    def measured(path: Path, plan: Plan, rows: list[Row], repeats: int) -> Record:
+        given[plan.device] = rows
+        raise BackendError("enough")
+
+    monkeypatch.setattr(bench, "measure", measured)
+    bundle = Bundle(tiny_bundle)
+    subject = replace(Subject.of_bundle(bundle), config=SEVEN_B)
+    plans = [Plan("fp16", "torch", device, "fp32", "resident") for device in ("cpu", "cuda")]
+    _, failed = bench._measure(bundle, subject, plans, {}, FLOORS["standard"])
+    assert [plan.dropped for plan in failed] == ["enough", "enough"]
+    assert len(given["cuda"]) > 5 * len(given["cpu"])
+    assert given["cuda"][: len(given["cpu"])] == given["cpu"]

@@ -12,6 +12,7 @@ import pytest
 
 from lowmem import InputError, schemas
 from lowmem.artifact.models import known_models
+from lowmem.cli import main
 from lowmem.cli.export import _contract
 from lowmem.fidelity import neighbours
 from tests.models import CONTRACT, TEXTS, tiny_checkpoint
@@ -414,19 +415,27 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else value[0],
 )
-def test_bad_input_gets_one_line_and_status_1(bundle, tmp_path, monkeypatch, arguments, message):
+def test_bad_input_gets_one_line_and_status_1(
+    bundle, tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "1")  # which the program sets for its own process
     (tmp_path / "t.txt").write_text("one\n")
     (tmp_path / "nothing.txt").write_text("")
     (tmp_path / "empty.txt").write_text("one\n\nthree\n")
     (tmp_path / "long.txt").write_text("one\n" + "word " * 500 + "\n")
     words = [word.replace("BUNDLE", str(bundle)) for word in arguments]
-    done = lowmem(*words, status=1)
-    assert done.stdout == ""
-    line = done.stderr.strip().splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["lowmem", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    line = told.err.strip().splitlines()[-1]
     assert line.startswith("lowmem: error: ")
     assert message in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in told.err
     assert not (tmp_path / "v.npy").exists()
 
 

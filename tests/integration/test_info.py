@@ -32,3 +32,16 @@ def test_a_report_belongs_to_the_longest_variant_that_its_plan_begins_with(
         "int4-torch-cpu-fp32": True,
         "int4-5.5-torch-cpu-fp32": True,
     }
+
+
+def test_a_result_that_lies_among_the_reports_is_passed_over(
+    exported: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    (bundle / "reports").mkdir()
+    (bundle / "reports" / "mine.json").write_text(json.dumps({"format": 1, "reports": []}))
+    shown = CliRunner().invoke(app, ["info", str(bundle), "--json"])
+    assert json.loads(shown.stdout)["reports"] == []
+    (bundle / "reports" / "other.json").write_text(json.dumps({"plan": 1, "cosine": {"mean": []}}))
+    failed = CliRunner().invoke(app, ["info", str(bundle)])
+    assert "a report needs plan, cosine, texts and artifact_sha256" in str(failed.exception)

@@ -237,6 +237,10 @@ def test_the_text_is_in_the_named_column(written: Written) -> None:
         ),
         ('{"text": "a", "task": 5}', "is refused: task must be a text that is not empty, got 5"),
         ('{"text": "a", "task": "b"}', "has a task and is a document, which has none: say"),
+        (
+            '{"text": "a", "task": "b", "input_type": "document"}',
+            "has a task and is a document, which has none: say",
+        ),
         ('{"text": "a", "task": ""}', "is refused: task must be a text that is not empty, got ''"),
     ],
 )
@@ -265,7 +269,7 @@ def test_csv_columns_override_the_options_where_they_are_filled(written: Written
     path = written("x.csv", "input_type,task,body\nquery,Own,a\n,,b\n")
     assert read_rows(path, column="body", task="Given") == [
         InputRow("2", "a", "query", "Own", line=2),
-        InputRow("3", "b", "document", "Given", line=3),
+        InputRow("3", "b", "document", None, line=3),
     ]
 
 

@@ -48,8 +48,8 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "directory.npy").mkdir()
     for name, message in {
         "out.csv": r"must end in \.npy, \.parquet or \.jsonl",
-        "none/out.npy": "directory must exist",
-        "directory.npy": "must be a regular file",
+        "none/out.npy": "its directory does not exist",
+        "directory.npy": "an output must be a regular file",
     }.items():
         with pytest.raises(InputError, match=message):
             check_output(tmp_path / name)
@@ -72,7 +72,7 @@ def test_an_output_in_a_directory_that_cannot_be_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(InputError, match="directory must be writable"):
+    with pytest.raises(InputError, match="its directory cannot be written to"):
         check_output(tmp_path / "out.npy")
 
 
@@ -82,7 +82,7 @@ def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
     link = source.with_name("link.jsonl")
     link.symlink_to(source)
     for output in (source, link):
-        with pytest.raises(InputError, match="must be another file than the input"):
+        with pytest.raises(InputError, match="the command names it twice"):
             check_output(output, source=source)
 
 

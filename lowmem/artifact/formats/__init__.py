@@ -13,6 +13,7 @@ from lowmem.artifact.formats.int8_channel import Int8Channel
 from lowmem.artifact.formats.int_grouped import IntGrouped
 from lowmem.artifact.formats.plain import Plain
 from lowmem.artifact.formats.stanza import quantization_config, read_formats
+from lowmem.errors import BundleError
 
 Format = Plain | Int8Channel | IntGrouped | BnbInt8 | BnbNf4
 
@@ -24,6 +25,7 @@ __all__ = [
     "Int8Channel",
     "IntGrouped",
     "Plain",
+    "check_groups",
     "linear_bytes",
     "quantization_config",
     "read_formats",
@@ -40,3 +42,16 @@ def weight_bytes(form: Format, out_features: int, in_features: int) -> int:
     """What counts as bits of a linear's weights: codes and scales, or 16-bit weights."""
     specs = form.specs(out_features, in_features)
     return sum(spec.nbytes for suffix, spec in specs.items() if suffix not in form.constants)
+
+
+def check_groups(form: Format, in_features: int, place: str) -> None:
+    """Checks that the groups of a format fill the rows of a linear.
+
+    Raises:
+        BundleError: They do not.
+    """
+    if isinstance(form, IntGrouped | BnbNf4) and in_features % form.group_size:
+        raise BundleError(
+            f"group_size must divide in_features, got group_size={form.group_size} and "
+            f"in_features={in_features} ({place})"
+        )
