@@ -22,7 +22,7 @@ from lowmem.artifact.manifest import FileEntry, Variant, file_sha256
 from lowmem.artifact.stock_files import check as check_stock_files
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE
 from lowmem.artifact.variants import DTYPE_NAMES
-from lowmem.artifact.weights import Checkpoint, is_inert, latent_shapes, module_shapes
+from lowmem.artifact.weights import Checkpoint, latent_shapes, module_shapes
 from lowmem.errors import BundleError
 
 
@@ -139,7 +139,7 @@ def _modules(
 
 def _bits(checkpoint: Checkpoint) -> dict[str, float]:
     config = checkpoint.config
-    stored = sum(t.nbytes for name, t in checkpoint.tensors.items() if not is_inert(name))
+    stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     linears = sum(
         weight_bytes(checkpoint.formats[module], *shape)
         for module, shape in module_shapes(config).items()

@@ -169,7 +169,7 @@ class Checkpoint:
                 problems.append(f"{name} must have shape {spec.shape}, got {found.shape}")
             elif found.dtype != spec.dtype and not (name in floats and found.dtype in _FLOATS):
                 problems.append(f"{name} must be {spec.dtype}, got {found.dtype}")
-        extra = [name for name in self.tensors.keys() - expected.keys() if not is_inert(name)]
+        extra = [name for name in self.tensors.keys() - expected.keys() if not _inert(name)]
         if extra:
             problems.append(f"unexpected tensors: {some_names(extra)}")
         if problems:
@@ -220,6 +220,6 @@ def latent_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {} if latents is None else latents.shapes(config.hidden_size)
 
 
-def is_inert(name: str) -> bool:
+def _inert(name: str) -> bool:
     """An output head computes no embedding; old checkpoints also store RoPE's frequencies."""
     return name == "lm_head.weight" or name.endswith("self_attn.rotary_emb.inv_freq")

@@ -28,6 +28,7 @@ CONTRACT = Contract(
     max_seq_length=64,
     normalize_embeddings=True,
 )
+SOURCE = {"name": "tiny", "sha256": "0" * 64}
 PARTIAL = ".partial"
 WORK = "digest of the work"
 OLD, NEW = b"the old weights", b"the new weights, and more"
@@ -50,7 +51,7 @@ def variant_of(directory: Path) -> Variant:
         for file in directory.rglob("*")
         if file.is_file()
     }
-    return Variant(directory.name, {}, {}, {}, {}, files)
+    return Variant(directory.name, {}, {"linears": 16, "model": 16}, {}, {}, files)
 
 
 def put(path: Path, contents: Mapping[str, bytes]) -> Manifest:
@@ -62,7 +63,7 @@ def put(path: Path, contents: Mapping[str, bytes]) -> Manifest:
             fill(workspace.partial / name, content)
         written = {name: variant_of(workspace.partial / name) for name in contents}
         variants = {**(old.variants if old else {}), **written}
-        manifest = Manifest({"name": "tiny"}, None, CONTRACT, variants)
+        manifest = Manifest(SOURCE, None, CONTRACT, variants)
         workspace.publish(list(contents), manifest)
     return manifest
 
@@ -348,7 +349,7 @@ def test_two_exports_that_make_one_bundle_do_not_meet(path: Path) -> None:
                 Workspace(path)
             assert str(caught.value) == f"another export is writing to {path}: let it finish"
             variant = variant_of(first.partial / "int4")
-            first.publish(["int4"], Manifest({}, None, CONTRACT, {"int4": variant}))
+            first.publish(["int4"], Manifest(SOURCE, None, CONTRACT, {"int4": variant}))
         with pytest.raises(InputError) as caught:
             late.begin(["int8"], 0, WORK)
         assert str(caught.value) == f"another export is writing to {path}: let it finish"
