@@ -286,13 +286,13 @@ def _parse_variant(name: str, value: Any, place: str) -> Variant:
         if not isinstance(compute, str):
             raise BundleError(f"a graph's compute must be a string, got {compute!r} ({where})")
     bits = value["bits_per_weight"]
-    if set(bits) != {"linears", "model"} or not all(map(_is_number, bits.values())):
+    if set(bits) != {"linears", "model"} or not all(map(strict_json.is_number, bits.values())):
         raise BundleError(f"bits_per_weight must be numbers for linears and model ({where})")
     for module, about in value["modules"].items():
         if not isinstance(about, dict) or set(about) != {"bits", "error"}:
             raise BundleError(f"a module needs bits and error alone ({where}, module {module})")
-        if not _is_number(about["bits"]) or not (
-            about["error"] is None or _is_number(about["error"])
+        if not strict_json.is_number(about["bits"]) or not (
+            about["error"] is None or strict_json.is_number(about["error"])
         ):
             raise BundleError(f"bits and error must be numbers ({where}, module {module})")
     return Variant(
@@ -303,10 +303,6 @@ def _parse_variant(name: str, value: Any, place: str) -> Variant:
         value["graphs"],
         files,
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_keys(value: dict[str, Any], keys: set[str], place: str) -> None:

@@ -13,7 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from lowmem.errors import BundleError
 
@@ -190,3 +190,8 @@ def _short(text: str) -> str:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_int, parse_float=_float, parse_constant=_constant
 )
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value that was read is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -163,7 +163,7 @@ def _figure_problems(report: Mapping[str, Any]) -> Iterator[str]:
     figures = cosine if isinstance(cosine, Mapping) else {}
     for key in FIGURES:
         value = figures.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not strict_json.is_number(value):
             yield f"cosine.{key} must be a number, got {strict_json.type_name(value)}"
     nonfinite = report.get("nonfinite")
     if type(nonfinite) is not int or nonfinite < 0:

@@ -150,17 +150,18 @@ def _is_report(value: object) -> bool:
     if not needed <= set(value):
         return False
     texts, cosine, overlap = value["texts"], value["cosine"], value["overlap"]
+    speed = value["tokens_per_second"]
     return (
         isinstance(texts, dict)
         and {"sha256", "count"} <= set(texts)
         and isinstance(cosine, dict)
-        and all(_is_number(cosine.get(key)) for key in FIGURES)
+        and all(strict_json.is_number(cosine.get(key)) for key in FIGURES)
         and isinstance(overlap, dict)
-        and (overlap.get("10") is None or _is_number(overlap["10"]))
+        and (overlap.get("10") is None or strict_json.is_number(overlap["10"]))
         and isinstance(value["buckets"], list)
         and all(map(_is_group, value["buckets"]))
         and all(isinstance(value[key], str) for key in ("plan", *_BOUND))
-        and (value["tokens_per_second"] is None or _is_number(value["tokens_per_second"]))
+        and (speed is None or strict_json.is_number(speed))
         and isinstance(value.get("versions", {}), dict)
     )
 
@@ -169,12 +170,8 @@ def _is_group(value: object) -> bool:
     return (
         isinstance(value, dict)
         and all(isinstance(value.get(key), str) for key in ("kind", "name"))
-        and _is_number(value.get("mean"))
+        and strict_json.is_number(value.get("mean"))
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 def _signed(value: float | None, form: str) -> str:

@@ -52,17 +52,16 @@ def read_vectors(path: Path, rows: int, hidden_size: int, is_normalized: bool) -
     try:
         with path.open("rb") as file:
             shape, dtype = npy_header(file)
-            if not np.issubdtype(dtype, np.floating) or shape != (rows, hidden_size):
-                raise InputError(
-                    f"reference vectors must be floats [{rows}, {hidden_size}], one for each text "
-                    f"in its order, got {dtype} {list(shape)} ({path})"
-                )
             file.seek(0)
-            stored = read(file, allow_pickle=False)
-    except InputError:
-        raise
+            is_fit = np.issubdtype(dtype, np.floating) and shape == (rows, hidden_size)
+            stored = read(file, allow_pickle=False) if is_fit else None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as .npy: {error}") from error
+    if stored is None:
+        raise InputError(
+            f"reference vectors must be floats [{rows}, {hidden_size}], one for each text in its "
+            f"order, got {dtype} {list(shape)} ({path})"
+        )
     vectors: Vectors = stored.astype(np.float32)
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
     _refuse(path, ~is_finite(vectors), "hold NaN or infinity")

@@ -207,8 +207,6 @@ def _is_matrix(value: Any, rows: int, columns: int) -> bool:
         and len(value) == rows
         and all(isinstance(row, list) and len(row) == columns for row in value)
         and all(
-            isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= 100
-            for row in value
-            for score in row
+            strict_json.is_number(score) and abs(score) <= 100 for row in value for score in row
         )
     )

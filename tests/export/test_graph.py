@@ -32,7 +32,6 @@ from tests.graphs import (
     run,
     session,
     texts,
-    write_variants,
 )
 from tests.models import CONTRACT, LAYERS, VOCAB_SIZE, tiny_checkpoint
 from tests.tolerances import (
@@ -43,16 +42,6 @@ from tests.tolerances import (
     PARITY_COSINE,
 )
 from tests.variants import oracle, write_variant
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("source")).path
-
-
-@pytest.fixture(scope="module")
-def variants(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_variants(source, tmp_path_factory.mktemp("variants"))
 
 
 def distances(left: Vectors, right: Vectors) -> NDArray[np.float64]:

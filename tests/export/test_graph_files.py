@@ -33,20 +33,9 @@ from tests.graphs import (
     run,
     session,
     texts,
-    write_variants,
 )
 from tests.models import CONTRACT, LAYERS, tiny_checkpoint
 from tests.variants import write_sparse, write_variant
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("source")).path
-
-
-@pytest.fixture(scope="module")
-def variants(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_variants(source, tmp_path_factory.mktemp("variants"))
 
 
 @pytest.mark.parametrize("name", [*EXACT_FORMATS, "int8"])
