@@ -12,53 +12,16 @@ import pytest
 
 from lowmem import InputError, schemas
 from lowmem.artifact.models import known_models
-from lowmem.cli import main
 from lowmem.cli.export import _contract
-from lowmem.fidelity import neighbours
-from tests.models import CONTRACT, TEXTS, tiny_checkpoint
-from tests.tolerances import INVARIANCE_DISTANCE
+from tests.command_line import lowmem
+from tests.models import CONTRACT, TEXTS
 
 FP32 = ("--engine", "torch", "--compute", "fp32")
 SOURCE = ("BUNDLE/fp16", "--contract", "linq")
 
 
-def lowmem(*arguments, status=0):
-    command = [sys.executable, "-m", "lowmem", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    """A bundle made by the command line, with reference vectors of the quick texts."""
-    folder = tmp_path_factory.mktemp("cli")
-    checkpoint = tiny_checkpoint(folder / "checkpoint")
-    contract = folder / "contract.json"
-    contract.write_text(json.dumps(checkpoint.contract.to_json()))
-    lowmem(
-        *("export", checkpoint.path, folder / "bundle", "--contract", contract),
-        *("--reference-texts", "quick", "--calibration", "none"),
-    )
-    return folder / "bundle"
-
-
-@pytest.fixture(scope="module")
-def reported(bundle, tmp_path_factory):
-    """The bundle with reports of two plans, and what ``report`` wrote besides."""
-    folder = tmp_path_factory.mktemp("reported")
-    copy = folder / "bundle"
-    shutil.copytree(bundle, copy)
-    done = lowmem(
-        *("report", copy, "--variant", "int8", "--engine", "torch", "--floor", "loose"),
-        *("--json", folder / "report.json", "--html", folder / "report.html"),
-        *("--dump", folder / "dump"),
-    )
-    return copy, folder, done
-
-
-def test_a_contract_may_be_named_and_check_knows_the_model(bundle, tmp_path):
-    checkpoint = bundle.parent / "checkpoint"
+def test_a_contract_may_be_named_and_check_knows_the_model(cli_bundle, tmp_path):
+    checkpoint = cli_bundle.parent / "checkpoint"
     named = tmp_path / "named"
     options = ("--variants", "fp16", "--no-onnx", "--reference-texts", "none")
     lowmem("export", checkpoint, named, "--contract", "e5-mistral", *options)
@@ -92,7 +55,7 @@ def test_a_contract_that_files_cannot_tell_is_asked_for_with_the_candidates():
         _contract("", (), "checkpoint")
 
 
-def test_check_ends_with_status_1_and_one_line_where_scores_differ(bundle, tmp_path):
+def test_check_ends_with_status_1_and_one_line_where_scores_differ(cli_bundle, tmp_path):
     answers = {
         "source": "https://example.org/card",
         "task": "same",
@@ -103,7 +66,7 @@ def test_check_ends_with_status_1_and_one_line_where_scores_differ(bundle, tmp_p
     }
     (tmp_path / "answers.json").write_text(json.dumps(answers))
     options = ("--answers", tmp_path / "answers.json", "--variant", "int8", *FP32)
-    done = lowmem("check", bundle, *options, status=1)
+    done = lowmem("check", cli_bundle, *options, status=1)
     assert "100 x cosine: https://example.org/card" in done.stdout
     assert "quantized: 0.2, and what a mean cosine of 0.985, the floor standard" in done.stdout
     assert [line.split()[:3] for line in done.stdout.splitlines()[-2:]] == [
@@ -116,24 +79,24 @@ def test_check_ends_with_status_1_and_one_line_where_scores_differ(bundle, tmp_p
     assert "must score -99.500 within" in line
 
 
-def test_export_prints_bits_and_sizes(bundle):
+def test_export_prints_bits_and_sizes(cli_bundle):
     again = lowmem(
         "export",
-        bundle.parent / "checkpoint",
-        bundle,
+        cli_bundle.parent / "checkpoint",
+        cli_bundle,
         "--contract",
-        bundle.parent / "contract.json",
+        cli_bundle.parent / "contract.json",
         *("--reference-texts", "quick", "--calibration", "none"),
     )
     assert "int4" in again.stdout
     assert "4.500 bits/weight" in again.stdout
 
 
-def test_a_budget_of_bits_is_a_variant_of_its_own(bundle, tmp_path):
-    contract = ("--contract", bundle.parent / "contract.json", "--reference-texts", "none")
+def test_a_budget_of_bits_is_a_variant_of_its_own(cli_bundle, tmp_path):
+    contract = ("--contract", cli_bundle.parent / "contract.json", "--reference-texts", "none")
     (tmp_path / "texts.txt").write_text("one text\nand another\n" * 20)
     options = ("--variants", "int4", "--bits", "6", "--calibration", tmp_path / "texts.txt")
-    done = lowmem("export", bundle.parent / "checkpoint", tmp_path / "new", *contract, *options)
+    done = lowmem("export", cli_bundle.parent / "checkpoint", tmp_path / "new", *contract, *options)
     name, bits, *_ = done.stdout.split()
     assert name == "int4-6"
     assert 5 < float(bits) <= 6
@@ -141,15 +104,15 @@ def test_a_budget_of_bits_is_a_variant_of_its_own(bundle, tmp_path):
     assert {plan["variant"] for plan in plans} == {"int4-6"}
     assert {plan["engine"] for plan in plans} == {"torch", "onnxruntime"}
     # The same words find it there.
-    lowmem("export", bundle.parent / "checkpoint", tmp_path / "new", *contract, *options)
+    lowmem("export", cli_bundle.parent / "checkpoint", tmp_path / "new", *contract, *options)
 
 
-def test_export_is_steered_by_texts_of_ones_own(bundle, tmp_path):
+def test_export_is_steered_by_texts_of_ones_own(cli_bundle, tmp_path):
     long = "and so on " * 1000
     (tmp_path / "texts.txt").write_text(f"One text.\nAnother text, and a longer one.\n{long}\n")
-    contract = ("--contract", bundle.parent / "contract.json")
+    contract = ("--contract", cli_bundle.parent / "contract.json")
     options = ("--variants", "int4", "--no-onnx", "--calibration", tmp_path / "texts.txt")
-    done = lowmem("export", bundle.parent / "checkpoint", tmp_path / "own", *contract, *options)
+    done = lowmem("export", cli_bundle.parent / "checkpoint", tmp_path / "own", *contract, *options)
     assert "calibrating: 5 steps" in done.stderr
     assert "tokens: 1 of 3; the first is 3" in done.stderr
     manifest = json.loads((tmp_path / "own" / "lowmem.json").read_text())
@@ -157,17 +120,17 @@ def test_export_is_steered_by_texts_of_ones_own(bundle, tmp_path):
     assert len(manifest["variants"]["int4"]["recipe"]["calibration"]) == 64
 
 
-def test_texts_to_calibrate_by_that_are_missing_are_one_error_before_anything(bundle, tmp_path):
-    contract = ("--contract", bundle.parent / "contract.json", "--calibration")
+def test_texts_to_calibrate_by_that_are_missing_are_one_error_before_anything(cli_bundle, tmp_path):
+    contract = ("--contract", cli_bundle.parent / "contract.json", "--calibration")
     (tmp_path / "empty.txt").write_text("")
     for file, said in (("none.txt", "none.txt"), ("empty.txt", "empty.txt holds no text")):
-        words = ("export", bundle.parent / "checkpoint", tmp_path / "new", *contract)
+        words = ("export", cli_bundle.parent / "checkpoint", tmp_path / "new", *contract)
         assert said in lowmem(*words, tmp_path / file, status=1).stderr
         assert not (tmp_path / "new").exists()
 
 
-def test_plan_json_follows_its_schema_and_chooses_from_many(bundle):
-    plan = json.loads(lowmem("plan", bundle, "--engine", "torch", "--json").stdout)
+def test_plan_json_follows_its_schema_and_chooses_from_many(cli_bundle):
+    plan = json.loads(lowmem("plan", cli_bundle, "--engine", "torch", "--json").stdout)
     jsonschema.validate(plan, schemas.load("plan"))
     running = [one for one in plan["plans"] if one["state"] == "candidate"]
     assert len(running) >= 10
@@ -175,164 +138,30 @@ def test_plan_json_follows_its_schema_and_chooses_from_many(bundle):
     assert plan["chosen"] in {one["id"] for one in running}
 
 
-def test_the_plan_table_fits_80_columns(bundle):
-    text = lowmem("plan", bundle, "--variant", "fp16", *FP32).stdout
+def test_the_plan_table_fits_80_columns(cli_bundle):
+    text = lowmem("plan", cli_bundle, "--variant", "fp16", *FP32).stdout
     table = [line for line in text.splitlines() if " torch " in line or "variant" in line]
     assert table
     assert max(map(len, table)) <= 80
 
 
-def test_planning_a_checkpoint_needs_its_config_alone(bundle, tmp_path):
-    shutil.copy(bundle / "fp16" / "config.json", tmp_path)
+def test_planning_a_checkpoint_needs_its_config_alone(cli_bundle, tmp_path):
+    shutil.copy(cli_bundle / "fp16" / "config.json", tmp_path)
     shown = lowmem("plan", tmp_path).stdout
     assert "nothing is exported yet" in shown
     assert "int4" in shown
 
 
-def test_report_figures_follow_from_the_dumped_vectors(reported):
-    _, folder, _ = reported
-    report = json.loads((folder / "report.json").read_text())
-    jsonschema.validate(report, schemas.load("report"))
-    reference = np.load(folder / "dump" / "reference.npy")
-    assert {one["plan"] for one in report["reports"]} >= {"int8-torch-cpu-fp32"}
-    for one in report["reports"]:
-        vectors = np.load(folder / "dump" / f"{one['plan']}.npy")
-        products = np.einsum("ij,ij->i", reference, vectors, dtype=np.float64)
-        lengths = np.linalg.norm(reference.astype(np.float64), axis=1)
-        lengths *= np.linalg.norm(vectors.astype(np.float64), axis=1)
-        cosines = products / lengths
-        figures = {
-            "mean": cosines.mean(),
-            "median": np.median(cosines),
-            "p5": np.quantile(cosines, 0.05),
-            "p1": np.quantile(cosines, 0.01),
-            "min": cosines.min(),
-        }
-        assert one["cosine"] == pytest.approx(figures, abs=1e-6)
-        before, now = neighbours.find(reference, 10), neighbours.find(vectors, 10)
-        assert one["overlap"]["10"] == pytest.approx(neighbours.overlap(before, now, 10))
-
-
-def test_a_report_is_wholly_described_by_its_schema(reported):
-    _, folder, _ = reported
-    report = json.loads((folder / "report.json").read_text())
-    schema = schemas.load("report")
-    assert set(report) == set(schema["properties"])
-    described = schema["$defs"]["report"]["properties"]
-    for one in report["reports"]:
-        assert set(one) == set(described)
-        assert one["readiness"]["caution"] == "a smoke test on 64 texts, not a sign-off"
-        assert one["invariance"]["texts"] == 6
-        assert one["calibration"] == {"texts": "none", "shared": None}
-        assert one["search"]["queries"] + one["search"]["documents"] == 64
-    pairs = {(one["a"], one["b"]) for one in report["agreement"]}
-    assert len(pairs) == len(report["reports"]) * (len(report["reports"]) - 1) / 2
-
-
-def test_what_report_prints_fits_80_columns(reported):
-    _, _, done = reported
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "note: a smoke test on 64 texts, not a sign-off" in done.stdout
-
-
-def test_a_report_on_own_texts_with_search_pairs_a_limit_and_drift(bundle, tmp_path):
-    """The whole of ``report``: a part of the texts, judged sets, another reference, and drift."""
-    rows = [{"text": f"the fox and the day {n}", "lang": "en"} for n in range(30)]
-    rows += [{"text": f"what is the quest {n}?", "input_type": "query"} for n in range(10)]
-    texts, collection, pairs = (tmp_path / name for name in ("t.jsonl", "set", "pairs.jsonl"))
-    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    collection.mkdir()
-    documents = "".join(f'{{"_id": "d{n}", "text": "the day {n}"}}\n' for n in range(30))
-    (collection / "corpus.jsonl").write_text(documents)
-    (collection / "queries.jsonl").write_text('{"_id": "q", "text": "what day is it?"}\n')
-    (collection / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\td3\t1\n")
-    scored = (f'{{"a": "the fox {n}", "b": "the day", "score": {n}}}\n' for n in range(9))
-    pairs.write_text("".join(scored))
-    options = ("--texts", texts, "--limit", 12, "--variant", "int8", *FP32, "--floor", "loose")
-    first, second = tmp_path / "first.json", tmp_path / "second.json"
-    judged = ("--retrieval", collection, "--task", "same", "--sts", pairs, "--sts-task", "same")
-    done = lowmem("report", bundle, *options, *judged, "--json", first, "--dump", tmp_path / "d")
-    [report] = json.loads(first.read_text())["reports"]
-    assert (report["texts"]["count"], report["texts"]["all"]) == (12, 40)
-    assert (report["retrieval"]["documents"], report["retrieval"]["all_documents"]) == (12, 30)
-    assert report["sts"]["pairs"] == 9
-    assert {one["name"] for one in report["buckets"] if one["kind"] == "language"} == {"en"}
-    assert "12 of 40 texts (t.jsonl)" in done.stdout
-    assert "search (set): 1 queries, 12 documents" in done.stdout
-    assert "similarity (pairs.jsonl): 9 pairs" in done.stdout
-    assert "1 plan, " in done.stderr
-    assert not (bundle / "reports" / "int8-torch-cpu-fp32.json").exists()
-
-    again = lowmem("report", bundle, *options, "--json", second, "--compare", first)
-    drift = json.loads(second.read_text())["drift"]
-    assert drift["rows"][0]["worsened"] == []
-    jsonschema.validate(json.loads(second.read_text()), schemas.load("report"))
-    assert "drift against first.json: new less old" in again.stdout
-
-    theirs = tmp_path / "theirs.npy"
-    options = ("--texts", tmp_path / "d" / "texts.jsonl", *options[4:])
-    np.save(theirs, np.load(tmp_path / "d" / "reference.npy").astype(np.float16))
-    lowmem("report", bundle, *options, "--reference", theirs, "--json", second)
-    [given] = json.loads(second.read_text())["reports"]
-    assert given["reference_given"] == "theirs.npy"
-    assert given["cosine"]["mean"] == pytest.approx(report["cosine"]["mean"], abs=1e-4)
-    np.save(theirs, np.load(theirs)[::-1])
-    refused = lowmem("report", bundle, *options, "--reference", theirs, status=1)
-    assert "so they are in another order" in refused.stderr
-    refused = lowmem("report", bundle, *FP32, "--compare", first, status=1)
-    assert "first.json is about other texts (t.jsonl, 12 texts)" in refused.stderr
-
-
-def test_embed_gives_the_dumped_vectors(reported, tmp_path):
-    bundle, folder, _ = reported
-    options = ("--variant", "int8", *FP32, "--truncate")
-    lowmem("embed", bundle, folder / "dump" / "texts.jsonl", tmp_path / "v.npy", *options)
-    dumped = np.load(folder / "dump" / "int8-torch-cpu-fp32.npy")
-    distances = np.linalg.norm(np.load(tmp_path / "v.npy") - dumped, axis=1)
-    assert distances.max() < INVARIANCE_DISTANCE
-
-
-def test_a_report_in_the_bundle_makes_a_plan_verified(reported):
-    bundle, _, done = reported
-    assert "pass" in done.stdout
-    assert (bundle / "reports" / "int8-torch-cpu-fp32.html").exists()
-    options = ("--variant", "int8", *FP32, "--floor", "loose", "--json")
-    plan = json.loads(lowmem("plan", bundle, *options).stdout)
-    assert plan["plans"][0]["fidelity"] == "verified"
-    assert "passes the floor loose" in plan["reason"]
-
-
-def test_a_report_below_the_floor_ends_with_status_3(bundle, tmp_path):
+def test_info_verifies_and_names_strays(cli_bundle, tmp_path):
     copy = tmp_path / "bundle"
-    shutil.copytree(bundle, copy)
-    options = ("--variant", "int4", *FP32, "--floor", "mean=1,p5=1,min=1")
-    done = lowmem("report", copy, *options, status=3)
-    assert "fail" in done.stdout
-    named = lowmem("plan", copy, "--variant", "int4", *FP32, "--floor", "mean=1,p5=1,min=1")
-    assert "asked for by name, though its report fails" in named.stdout
-
-
-def test_a_report_of_another_export_judges_nothing(reported, tmp_path):
-    bundle, _, _ = reported
-    copy = tmp_path / "bundle"
-    shutil.copytree(bundle, copy)
-    report = copy / "reports" / "int8-torch-cpu-fp32.json"
-    value = json.loads(report.read_text())
-    report.write_text(json.dumps({**value, "artifact_sha256": "0" * 64}))
-    options = ("--variant", "int8", *FP32, "--floor", "loose", "--json")
-    assert json.loads(lowmem("plan", copy, *options).stdout)["plans"][0]["fidelity"] == "unverified"
-
-
-def test_info_verifies_and_names_strays(bundle, tmp_path):
-    copy = tmp_path / "bundle"
-    shutil.copytree(bundle, copy)
+    shutil.copytree(cli_bundle, copy)
     (copy / "notes.txt").write_text("mine")
     assert "stray: notes.txt" in lowmem("info", copy, "--verify").stdout
 
 
-def test_info_names_every_damaged_file(bundle, tmp_path):
+def test_info_names_every_damaged_file(cli_bundle, tmp_path):
     copy = tmp_path / "bundle"
-    shutil.copytree(bundle, copy)
+    shutil.copytree(cli_bundle, copy)
     for name in ("int4/config.json", "fp16/tokenizer.json"):
         content = bytearray((copy / name).read_bytes())
         content[len(content) // 2] ^= 1
@@ -343,7 +172,7 @@ def test_info_names_every_damaged_file(bundle, tmp_path):
     assert "fp16/tokenizer.json is damaged" in done.stderr
 
 
-def test_rows_of_a_file_may_be_queries_of_their_own(bundle, tmp_path):
+def test_rows_of_a_file_may_be_queries_of_their_own(cli_bundle, tmp_path):
     rows = [
         {"text": TEXTS[0]},
         {"text": TEXTS[0], "input_type": "query", "task": "same"},
@@ -351,15 +180,15 @@ def test_rows_of_a_file_may_be_queries_of_their_own(bundle, tmp_path):
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lowmem("embed", bundle, file, tmp_path / "v.npy", "--variant", "fp16", *FP32)
+    lowmem("embed", cli_bundle, file, tmp_path / "v.npy", "--variant", "fp16", *FP32)
     vectors = np.load(tmp_path / "v.npy")
     assert len({vector.tobytes() for vector in vectors}) == 3
 
 
-def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
+def test_the_chosen_plan_and_its_reason_go_to_stderr(cli_bundle, tmp_path):
     (tmp_path / "t.txt").write_text("one\ntwo\n")
     options = ("--variant", "fp16", *FP32)
-    done = lowmem("embed", bundle, tmp_path / "t.txt", tmp_path / "v.jsonl", *options)
+    done = lowmem("embed", cli_bundle, tmp_path / "t.txt", tmp_path / "v.jsonl", *options)
     told = " ".join(done.stderr.split())
     assert "plan fp16-torch-cpu-fp32-resident: no plan is verified" in told
     assert done.stdout.startswith("2 vectors of 128 dimensions")
@@ -416,32 +245,32 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(bundle, tmp_path):
     ids=lambda value: value[:40] if isinstance(value, str) else value[0],
 )
 def test_bad_input_gets_one_line_and_status_1(
-    bundle, tmp_path, monkeypatch, capsys, arguments, message
+    cli_bundle, tmp_path, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY"):
-        monkeypatch.setenv(name, "1")  # which the program sets for its own process
     (tmp_path / "t.txt").write_text("one\n")
     (tmp_path / "nothing.txt").write_text("")
     (tmp_path / "empty.txt").write_text("one\n\nthree\n")
     (tmp_path / "long.txt").write_text("one\n" + "word " * 500 + "\n")
-    words = [word.replace("BUNDLE", str(bundle)) for word in arguments]
-    monkeypatch.setattr(sys, "argv", ["lowmem", *words])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1
-    told = capsys.readouterr()
-    assert told.out == ""
-    line = told.err.strip().splitlines()[-1]
+    done = lowmem(*(word.replace("BUNDLE", str(cli_bundle)) for word in arguments), status=1)
+    assert done.stdout == ""
+    line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("lowmem: error: ")
     assert message in line
-    assert "Traceback" not in told.err
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "v.npy").exists()
 
 
-def test_the_version_is_that_of_the_package():
-    assert lowmem("--version").stdout == f"lowmem {version('lowmem')}\n"
-
-
-def test_an_unknown_option_is_a_usage_error(bundle):
-    lowmem("plan", bundle, "--nonsense", status=2)
+@pytest.mark.parametrize(
+    ("words", "status", "stdout", "stderr"),
+    [
+        (("--version",), 0, f"lowmem {version('lowmem')}\n", ""),
+        (("info", "nowhere"), 1, "", "lowmem: error: "),
+        (("plan", "nowhere", "--nonsense"), 2, "", "Usage: "),
+    ],
+)
+def test_the_program_itself_ends_with_its_status(words, status, stdout, stderr):
+    command = [sys.executable, "-m", "lowmem", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, stdout)
+    assert done.stderr.startswith(stderr)

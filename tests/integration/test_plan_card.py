@@ -1,28 +1,14 @@
 """``lowmem plan --card`` as a user meets it: for a bundle, and for a checkpoint's config alone."""
 
 import json
-import sys
 
 import jsonschema
 import pytest
 
-from lowmem import cli, schemas
+from lowmem import schemas
+from tests.command_line import lowmem
 
 GIB = 2**30
-
-
-@pytest.fixture
-def lowmem(monkeypatch, capsys):
-    """Runs the command line here, and returns what it printed."""
-
-    def run(*arguments, status=0):
-        monkeypatch.setattr(sys, "argv", ["lowmem", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert stopped.value.code == status
-        return capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -50,9 +36,9 @@ def seven_b(tmp_path):
 
 
 @pytest.mark.parametrize("subject", ["tiny_bundle", "seven_b"])
-def test_plan_json_of_a_card_follows_its_schema(lowmem, request, subject):
+def test_plan_json_of_a_card_follows_its_schema(request, subject):
     subject = request.getfixturevalue(subject)
-    plan = json.loads(lowmem("plan", subject, "--card", "rtx 4070", "--json").out)
+    plan = json.loads(lowmem("plan", subject, "--card", "rtx 4070", "--json").stdout)
     jsonschema.validate(plan, schemas.load("plan"))
     assert [gpu["name"] for gpu in plan["machine"]["gpus"]] == ["RTX 4070 12GB"]
     assert {one["tokens_per_second"] for one in plan["plans"]} == {None}
@@ -63,9 +49,9 @@ def test_plan_json_of_a_card_follows_its_schema(lowmem, request, subject):
 
 
 @pytest.mark.parametrize("subject", ["tiny_bundle", "seven_b"])
-def test_the_table_of_a_card_fits_80_columns_and_marks_estimates(lowmem, request, subject):
+def test_the_table_of_a_card_fits_80_columns_and_marks_estimates(request, subject):
     subject = request.getfixturevalue(subject)
-    text = lowmem("plan", subject, "--card", "RTX 5090").out
+    text = lowmem("plan", subject, "--card", "RTX 5090").stdout
     table, _, rest = text.partition("\ndropped\n")
     assert max(map(len, table.splitlines()[1:])) <= 80  # the first line is this machine's CPU
     assert max(map(len, rest.partition("chosen: ")[2].splitlines())) <= 80
@@ -77,13 +63,13 @@ def test_the_table_of_a_card_fits_80_columns_and_marks_estimates(lowmem, request
     assert not any("~" in line for line in table.splitlines() if " cpu " in line)
 
 
-def test_a_bundle_is_not_timed_for_a_card(lowmem, tiny_bundle):
+def test_a_bundle_is_not_timed_for_a_card(tiny_bundle):
     printed = lowmem("plan", tiny_bundle, "--card", "T4")
-    assert "nothing was timed: the machine is described" in printed.out
-    assert "timing" not in printed.err
+    assert "nothing was timed: the machine is described" in printed.stdout
+    assert "timing" not in printed.stderr
 
 
-def test_a_described_machine_decides_what_fits(lowmem, seven_b, tmp_path):
+def test_a_described_machine_decides_what_fits(seven_b, tmp_path):
     file = tmp_path / "machine.json"
     card = {
         "name": "my card",
@@ -94,12 +80,12 @@ def test_a_described_machine_decides_what_fits(lowmem, seven_b, tmp_path):
         "copy_bandwidth": 12e9,
     }
     file.write_text(json.dumps({"host_total_bytes": 64 * GIB, "gpus": [card]}))
-    plan = json.loads(lowmem("plan", seven_b, "--card", file, "--json").out)
+    plan = json.loads(lowmem("plan", seven_b, "--card", file, "--json").stdout)
     assert plan["chosen"] == "fp16-torch-cuda-bf16-resident"
     assert plan["machine"]["host_total_bytes"] == 64 * GIB
     card["total_bytes"] = 8 * GIB
     file.write_text(json.dumps({"gpus": [card]}))
-    plan = json.loads(lowmem("plan", seven_b, "--card", file, "--json").out)
+    plan = json.loads(lowmem("plan", seven_b, "--card", file, "--json").stdout)
     assert plan["chosen"] == "fp16-torch-cuda-bf16-streamed"
 
 
@@ -111,9 +97,9 @@ def test_a_described_machine_decides_what_fits(lowmem, seven_b, tmp_path):
         ("missing.json", "got 'missing.json'"),
     ],
 )
-def test_a_card_that_is_none_is_one_line(lowmem, seven_b, card, message):
+def test_a_card_that_is_none_is_one_line(seven_b, card, message):
     printed = lowmem("plan", seven_b, "--card", card, status=1)
-    assert message in printed.err
-    assert printed.err.count("\n") == 1
-    assert printed.err.startswith("lowmem: error: ")
-    assert printed.out == ""
+    assert message in printed.stderr
+    assert printed.stderr.count("\n") == 1
+    assert printed.stderr.startswith("lowmem: error: ")
+    assert printed.stdout == ""
