@@ -80,7 +80,7 @@ def _quantize(form: Format, weight: np.ndarray) -> dict[str, RawTensor]:
     return {
         "weight_packed": RawTensor("I32", packed),
         "weight_scale": RawTensor("F16", scales),
-        "weight_shape": form.constant("weight_shape", rows, columns),
+        **form.constants(rows, columns),
     }
 
 

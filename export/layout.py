@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowmem.artifact.config import NORMS, ModelConfig
-from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, IntGrouped, check_groups
+from lowmem.artifact.formats import Format, check_groups
 from lowmem.artifact.tensors import DTYPES, RawTensor, TensorSpec, header_bytes
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM, latent_shapes, module_shapes
 
@@ -59,12 +59,11 @@ def lay_out(config: ModelConfig, dtype: str, formats: Mapping[str, Format]) -> L
             module = f"layers.{index}.{linear}"
             form = formats[module]
             check_groups(form, shapes[module][1], module)
+            known = form.constants(*shapes[module])
+            constants |= {f"{module}.{suffix}": raw for suffix, raw in known.items()}
             for suffix, spec in form.specs(*shapes[module]).items():
-                if isinstance(form, IntGrouped | BnbInt8 | BnbNf4) and suffix in form.constants:
-                    constants[f"{module}.{suffix}"] = form.constant(suffix, *shapes[module])
-                    constant_specs[f"{module}.{suffix}"] = spec
-                else:
-                    specs[f"{module}.{suffix}"] = spec
+                place = constant_specs if suffix in known else specs
+                place[f"{module}.{suffix}"] = spec
     specs[FINAL_NORM] = hidden
     specs |= {name: TensorSpec(dtype, shape) for name, shape in latent_shapes(config).items()}
     specs |= dict(sorted(constant_specs.items(), key=lambda item: -DTYPES[item[1].dtype].itemsize))

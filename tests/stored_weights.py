@@ -56,7 +56,7 @@ def random_weights(form: Format, rows: int, columns: int, seed: int = 0) -> Line
             "weight.absmax": RawTensor("F32", blocks),
         }
     if isinstance(form, BnbInt8 | IntGrouped | BnbNf4):
-        tensors |= {suffix: form.constant(suffix, rows, columns) for suffix in form.constants}
+        tensors |= form.constants(rows, columns)
     specs = form.specs(rows, columns)
     assert {name: (raw.dtype, raw.shape) for name, raw in tensors.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in specs.items()

@@ -115,7 +115,7 @@ def quantize(form: Format, weight: NDArray[np.float32]) -> dict[str, RawTensor]:
     return {
         "weight_packed": RawTensor("I32", int_grouped.pack(codes, form.bits)),
         "weight_scale": RawTensor("F16", scales),
-        "weight_shape": form.constant("weight_shape", *weight.shape),
+        **form.constants(*weight.shape),
     }
 
 

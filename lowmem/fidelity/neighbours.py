@@ -32,6 +32,10 @@ class Neighbours:
     nearest: Indices
     has_direction: NDArray[np.bool_]
 
+    def leave_out_some(self, k: int) -> bool:
+        """Whether a text has others than its k nearest: else no vectors could change those."""
+        return len(self.nearest) - 1 > k
+
 
 def find(vectors: Vectors, k: int) -> Neighbours:
     """The k nearest other texts of each text. Cost: 2 n² d operations, a few arrays [512, n].
@@ -111,9 +115,7 @@ def shares_in_common(before: Indices, now: Indices) -> Floats:
 
 def overlap(before: Neighbours, now: Neighbours, k: int) -> float | None:
     """Mean of :func:`kept_shares`, or None where every other text is among the k nearest."""
-    if len(before.nearest) - 1 <= k:
-        return None
-    return float(kept_shares(before, now, k).mean())
+    return float(kept_shares(before, now, k).mean()) if before.leave_out_some(k) else None
 
 
 def overlap_of_searches(before: Indices, now: Indices, documents: int) -> dict[str, float | None]:

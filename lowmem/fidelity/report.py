@@ -236,7 +236,7 @@ def _compare(
             languages=[row.lang for row in rows],
             input_types=[row.input_type for row in rows],
             kept=neighbours.kept_shares(before, now, NEIGHBOURS)
-            if len(rows) - 1 > NEIGHBOURS
+            if before.leave_out_some(NEIGHBOURS)
             else None,
         ),
         "overlap": {str(k): neighbours.overlap(before, now, k) for k in (1, NEIGHBOURS)},

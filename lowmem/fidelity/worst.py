@@ -40,7 +40,6 @@ def worst(
     """
     depth = before.nearest.shape[1]
     kept = neighbours.kept_shares(before, now, depth) * depth
-    says_something = len(rows) - 1 > depth  # else all other texts are among the nearest
     return [
         {
             "id": rows[place].id,
@@ -48,7 +47,7 @@ def worst(
             "tokens": tokens[place],
             "input_type": rows[place].input_type,
             "text": excerpt(rows[place].text),
-            "kept": round(float(kept[place])) if says_something else None,
+            "kept": round(float(kept[place])) if before.leave_out_some(depth) else None,
             "of": depth,
             "nearest_before": _nearest(before, place, rows),
             "nearest_now": _nearest(now, place, rows),

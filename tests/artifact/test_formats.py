@@ -154,8 +154,7 @@ def test_nf4_codes_pick_from_the_book_times_the_largest_weight_of_their_block() 
         {
             "weight": RawTensor("U8", bnb_nf4.pack(codes)),
             "weight.absmax": RawTensor("F32", np.array([2.0, 0.5], np.float32)),
-            "weight.quant_map": form.constant("weight.quant_map", 2, 64),
-            bnb_nf4.STATE: form.constant(bnb_nf4.STATE, 2, 64),
+            **form.constants(2, 64),
         }
     )
     expected = np.zeros((2, 64), np.float32)
@@ -177,7 +176,7 @@ def test_blocks_of_nf4_run_over_the_ends_of_rows() -> None:
         {
             "weight": RawTensor("U8", bnb_nf4.pack(codes)),
             "weight.absmax": RawTensor("F32", np.array([3.0, 5.0], np.float32)),
-            bnb_nf4.STATE: form.constant(bnb_nf4.STATE, 4, 32),
+            **form.constants(4, 32),
         }
     )
     assert weight[:, 0].tolist() == [3.0, 3.0, 5.0, 5.0]
@@ -228,19 +227,17 @@ def test_tensors_are_called_and_shaped_as_their_loaders_expect(
 
 @pytest.mark.parametrize("form", [IntGrouped(), BnbInt8(), BnbNf4()], ids=lambda form: form.name)
 def test_constants_are_what_their_specs_say(form: IntGrouped | BnbInt8 | BnbNf4) -> None:
-    specs = form.specs(192, 128)
-    assert form.constants
-    for suffix in form.constants:
-        constant = form.constant(suffix, 192, 128)
+    specs, constants = form.specs(192, 128), form.constants(192, 128)
+    assert constants
+    for suffix, constant in constants.items():
         assert TensorSpec(constant.dtype, constant.shape) == specs[suffix]
 
 
 def test_constants_hold_what_their_loaders_read() -> None:
-    assert IntGrouped().constant("weight_shape", 192, 128).array.tolist() == [192, 128]
-    assert BnbInt8().constant("weight_format", 192, 128).array.tolist() == 0
-    assert json.loads(
-        BnbNf4(dtype="bfloat16").constant(bnb_nf4.STATE, 192, 128).array.tobytes()
-    ) == {
+    assert IntGrouped().constants(192, 128)["weight_shape"].array.tolist() == [192, 128]
+    assert BnbInt8().constants(192, 128)["weight_format"].array.tolist() == 0
+    state = BnbNf4(dtype="bfloat16").constants(192, 128)[bnb_nf4.STATE]
+    assert json.loads(state.array.tobytes()) == {
         "quant_type": "nf4",
         "blocksize": 64,
         "dtype": "bfloat16",

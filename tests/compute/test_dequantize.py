@@ -119,7 +119,7 @@ def test_every_byte_of_nf4_is_restored() -> None:
         {
             "weight": RawTensor("U8", codes),
             "weight.absmax": RawTensor("F32", np.arange(1, 9, dtype=np.float32)),
-            bnb_nf4.STATE: RawTensor("U8", form.constant(bnb_nf4.STATE, 8, 64).array.copy()),
+            bnb_nf4.STATE: RawTensor("U8", form.constants(8, 64)[bnb_nf4.STATE].array.copy()),
         },
     )
     assert torch.equal(restored(weights, torch.float32), reference(weights))

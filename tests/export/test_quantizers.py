@@ -56,10 +56,9 @@ def weights(draw: st.DrawFn) -> Tensor:
 
 def quantized(weight: Tensor, form: Format) -> dict[str, RawTensor]:
     tensors = quantize(weight, form, PLACE)
-    specs = form.specs(*weight.shape)
-    if isinstance(form, IntGrouped | BnbInt8 | BnbNf4):
-        assert tensors.keys() == specs.keys() - form.constants
-        tensors |= {suffix: form.constant(suffix, *weight.shape) for suffix in form.constants}
+    specs, constants = form.specs(*weight.shape), form.constants(*weight.shape)
+    assert tensors.keys() == specs.keys() - constants.keys()
+    tensors |= constants
     assert {name: (raw.dtype, raw.shape) for name, raw in tensors.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in specs.items()
     }

@@ -40,8 +40,10 @@ def linear_bytes(form: Format, out_features: int, in_features: int) -> int:
 
 def weight_bytes(form: Format, out_features: int, in_features: int) -> int:
     """What counts as bits of a linear's weights: codes and scales, or 16-bit weights."""
-    specs = form.specs(out_features, in_features)
-    return sum(spec.nbytes for suffix, spec in specs.items() if suffix not in form.constants)
+    constants = form.constants(out_features, in_features)
+    return linear_bytes(form, out_features, in_features) - sum(
+        raw.nbytes for raw in constants.values()
+    )
 
 
 def check_groups(form: Format, in_features: int, place: str) -> None:

@@ -26,7 +26,6 @@ class BnbInt8:
 
     name = "bnb-int8"
     bits = 8
-    constants = frozenset({"weight_format"})
 
     def specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Tensor suffix to dtype and shape."""
@@ -36,10 +35,9 @@ class BnbInt8:
             "weight_format": TensorSpec("U8", ()),
         }
 
-    def constant(self, suffix: str, out_features: int, in_features: int) -> RawTensor:
+    def constants(self, out_features: int, in_features: int) -> dict[str, RawTensor]:
         """The content of ``weight_format``: 0, rows in plain order."""
-        assert suffix == "weight_format"
-        return RawTensor("U8", np.zeros((), np.uint8))
+        return {"weight_format": RawTensor("U8", np.zeros((), np.uint8))}
 
     def dequantize(self, tensors: Mapping[str, RawTensor]) -> NDArray[np.float32]:
         """codes * SCB / 127, as float32 ``(out_features, in_features)``."""

@@ -48,30 +48,29 @@ class BnbNf4:
 
     name = "bnb-nf4"
     bits = 4
-    constants = frozenset({"weight.quant_map", STATE})
 
     def specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Tensor suffix to dtype and shape."""
         weights = out_features * in_features
-        state = self.constant(STATE, out_features, in_features)
+        constants = self.constants(out_features, in_features)
         return {
             "weight": TensorSpec("U8", (weights // 2, 1)),
             "weight.absmax": TensorSpec("F32", (weights // self.group_size,)),
-            "weight.quant_map": TensorSpec("F32", (16,)),
-            STATE: TensorSpec("U8", state.shape),
+            **{suffix: TensorSpec(raw.dtype, raw.shape) for suffix, raw in constants.items()},
         }
 
-    def constant(self, suffix: str, out_features: int, in_features: int) -> RawTensor:
-        """The code book or the JSON state, which are known before any weight is read."""
-        if suffix == "weight.quant_map":
-            return RawTensor("F32", CODE_BOOK)
+    def constants(self, out_features: int, in_features: int) -> dict[str, RawTensor]:
+        """The code book and the JSON state, which are known before any weight is read."""
         state = {
             "quant_type": "nf4",
             "blocksize": self.group_size,
             "dtype": self.dtype,
             "shape": [out_features, in_features],
         }
-        return RawTensor("U8", np.frombuffer(json.dumps(state).encode(), np.uint8))
+        return {
+            "weight.quant_map": RawTensor("F32", CODE_BOOK),
+            STATE: RawTensor("U8", np.frombuffer(json.dumps(state).encode(), np.uint8)),
+        }
 
     def dequantize(self, tensors: Mapping[str, RawTensor]) -> NDArray[np.float32]:
         """code_book[codes] * absmax, as float32 ``(out_features, in_features)``."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,6 @@ class Int8Channel:
 
     name = "int8-channel"
     bits = 8
-    constants: ClassVar[frozenset[str]] = frozenset()
 
     def specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Tensor suffix to dtype and shape."""
@@ -41,6 +39,10 @@ class Int8Channel:
             "weight": TensorSpec("I8", (out_features, in_features)),
             "weight_scale": TensorSpec("F32", (out_features, 1)),
         }
+
+    def constants(self, out_features: int, in_features: int) -> dict[str, RawTensor]:
+        """Tensors that are known before any weight is read: none."""
+        return {}
 
     def dequantize(self, tensors: Mapping[str, RawTensor]) -> NDArray[np.float32]:
         """codes * scale, as float32 ``(out_features, in_features)``."""

@@ -30,7 +30,6 @@ class IntGrouped:
     group_size: int = 32
 
     name = "int-grouped"
-    constants = frozenset({"weight_shape"})
 
     def specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Tensor suffix to dtype and shape."""
@@ -42,10 +41,9 @@ class IntGrouped:
             "weight_shape": TensorSpec("I64", (2,)),
         }
 
-    def constant(self, suffix: str, out_features: int, in_features: int) -> RawTensor:
+    def constants(self, out_features: int, in_features: int) -> dict[str, RawTensor]:
         """The content of ``weight_shape``, which is known before any weight is read."""
-        assert suffix == "weight_shape"
-        return RawTensor("I64", np.array([out_features, in_features], np.int64))
+        return {"weight_shape": RawTensor("I64", np.array([out_features, in_features], np.int64))}
 
     def dequantize(self, tensors: Mapping[str, RawTensor]) -> NDArray[np.float32]:
         """codes * scale, as float32 ``(out_features, in_features)``."""

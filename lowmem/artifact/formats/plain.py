@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,14 @@ class Plain:
 
     name = "plain"
     bits = 16
-    constants: ClassVar[frozenset[str]] = frozenset()
 
     def specs(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Tensor suffix to dtype and shape."""
         return {"weight": TensorSpec(self.dtype, (out_features, in_features))}
+
+    def constants(self, out_features: int, in_features: int) -> dict[str, RawTensor]:
+        """Tensors that are known before any weight is read: none."""
+        return {}
 
     def dequantize(self, tensors: Mapping[str, RawTensor]) -> NDArray[np.float32]:
         """The weight as float32 ``(out_features, in_features)``."""
