@@ -1,6 +1,5 @@
 """The torch engine: what must not change a vector, and what it does when it cannot go on."""
 
-import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,49 +10,24 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.tensors import RawTensor, StoredTensor
 from lowmem.artifact.variants import VARIANTS
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.engine import Runner, shortest_prefix, unit_length
-from lowmem.compute.operations.plain import PlainOperations
 from lowmem.compute.plan import Plan
 from lowmem.compute.torch_engine import TorchEngine
-from lowmem.errors import BackendError, CapacityError
+from lowmem.errors import BackendError
 from lowmem.text.batching import EncodedText, arrange, pack
 from tests.models import CONTRACT, LAYERS
+from tests.runners import Vectors, cosine_distances, encoded, runner
 from tests.tolerances import INVARIANCE, ROUNDED_INVARIANCE_FACTOR, gamma
-
-Vectors = NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path) -> Bundle:
     return Bundle(tiny_bundle)
-
-
-def runner(bundle: Bundle, variant: str = "fp16", compute: str = "fp32", **plan: Any) -> Runner:
-    settings = {"schedule": "resident", "batch_tokens": 4096, "window_tokens": 4096, **plan}
-    return Runner(bundle, Plan(variant, "torch", "cpu", compute, threads=1, **settings))
-
-
-def encoded(model: Runner) -> list[EncodedText]:
-    """Queries and documents of one word and of many, lengths apart and alike, one of them twice."""
-    choose = random.Random(0).choice
-    words = "the what is a fox question distance and moon of brown at in other ☃ 現在".split()
-    texts = [" ".join(choose(words) for _ in range(size)) for size in (1, 1, 1, 2, 3, 3, 8, 8, 20)]
-    prompts = [model.contract.prompt("query"), model.contract.prompt("document")]
-    both = [prompt for _ in texts for prompt in prompts]
-    twice = [text for text in texts for _ in prompts]
-    return model.tokenizer.encode([*twice, twice[0]], [*both, both[0]])
-
-
-def cosine_distances(left: Vectors, right: Vectors) -> NDArray[np.float64]:
-    product = np.einsum("ij,ij->i", left, right, dtype=np.float64)
-    lengths = [np.linalg.norm(side.astype(np.float64), axis=1) for side in (left, right)]
-    return 1 - product / (lengths[0] * lengths[1])
 
 
 def shuffled(model: Runner, texts: Sequence[EncodedText]) -> Vectors:
@@ -219,121 +193,6 @@ def test_an_observer_sees_every_batch_once_by_its_number(bundle: Bundle) -> None
         ]
 
 
-def real_host_shortage() -> None:
-    torch.empty(2**60, dtype=torch.uint8)
-
-
-def raise_device_shortage() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def raise_library_shortage() -> None:
-    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-
-
-def raise_numpy_shortage() -> None:
-    raise MemoryError("Unable to allocate")
-
-
-SHORTAGES = (
-    real_host_shortage,
-    raise_device_shortage,
-    raise_library_shortage,
-    raise_numpy_shortage,
-)
-
-
-def limit_tokens(monkeypatch: pytest.MonkeyPatch, most: int, fail: Callable[[], None]) -> list[int]:
-    """Makes every product of more rows fail; returns the rows of those that did not."""
-    sizes: list[int] = []
-    plain = PlainOperations.gated_mlp
-
-    def limited(ops: PlainOperations, hidden: Tensor, *rest: Any) -> Tensor:
-        if len(hidden) > most:
-            fail()
-        sizes.append(len(hidden))
-        return plain(ops, hidden, *rest)
-
-    monkeypatch.setattr(PlainOperations, "gated_mlp", limited)
-    return sizes
-
-
-@pytest.mark.parametrize("schedule", ["resident", "streamed"])
-@pytest.mark.parametrize("shortage", SHORTAGES)
-def test_batches_are_split_until_they_fit(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, schedule: str, shortage: Callable[[], None]
-) -> None:
-    model = runner(bundle, schedule=schedule)
-    texts = encoded(model)
-    longest = max(len(text.input_ids) for text in texts)
-    expected = model.embed(texts, normalize=True)
-    sizes = limit_tokens(monkeypatch, longest, shortage)
-    vectors = model.embed(texts, normalize=True)
-    assert max(sizes) <= longest
-    assert cosine_distances(vectors, expected).max() < INVARIANCE
-
-
-@pytest.mark.parametrize("schedule", ["resident", "streamed"])
-def test_from_the_second_shortage_on_passes_are_smaller(
-    bundle: Bundle,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    schedule: str,
-) -> None:
-    model = runner(bundle, schedule=schedule)
-    texts = encoded(model)
-    longest = max(len(text.input_ids) for text in texts)
-    expected = model.embed(texts, normalize=True)
-    attempts: list[int] = []
-
-    def fail() -> None:
-        attempts.append(1)
-        raise_device_shortage()
-
-    limit_tokens(monkeypatch, longest, fail)
-    model.embed(texts, normalize=True)
-    assert len(attempts) > 1
-    assert "memory of the cpu device ran out again: a pass has at most" in caplog.text
-    attempts.clear()
-    assert cosine_distances(model.embed(texts, normalize=True), expected).max() < INVARIANCE
-    assert not attempts
-
-
-def test_a_text_that_does_not_fit_alone_is_a_capacity_error(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = runner(bundle)
-    limit_tokens(monkeypatch, 40, raise_device_shortage)
-    texts = encoded(model)
-    size = max(len(text.input_ids) for text in texts)
-    with pytest.raises(CapacityError, match=rf"a text of {size} tokens does not fit the memory"):
-        model.embed(texts, normalize=True)
-
-
-def test_another_error_is_not_taken_for_a_lack_of_memory(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail() -> None:
-        raise RuntimeError("expected scalar type")
-
-    model = runner(bundle)
-    sizes = limit_tokens(monkeypatch, 0, fail)
-    with pytest.raises(RuntimeError, match="expected scalar type"):
-        model.embed(encoded(model), normalize=True)
-    assert not sizes
-
-
-def test_weights_that_do_not_fit_the_device_are_a_capacity_error(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("lowmem.compute.streaming.load_layer", full)
-    with pytest.raises(CapacityError, match=r"weights of int4 do not fit .* --schedule streamed"):
-        runner(bundle, "int4")
-
-
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_coarser_float32_products_are_refused(bundle: Bundle, precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
@@ -451,11 +310,3 @@ def test_threads_that_share_an_engine_get_their_own_vectors(bundle: Bundle, sche
         ]
     for half, found in rounds:
         assert cosine_distances(found.result(), expected[half]).max() < INVARIANCE
-
-
-def test_host_memory_that_runs_out_while_loading_is_a_capacity_error(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lowmem.compute.streaming._buffer_bytes", lambda checkpoint: 2**60)
-    with pytest.raises(CapacityError, match="weights of fp16 do not fit the cpu device"):
-        runner(bundle, schedule="streamed")
