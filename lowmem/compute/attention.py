@@ -101,7 +101,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         ``[queries, heads * head_dim]``, in the order of ``query``.
     """
     mixed = torch.empty_like(query)
-    for run, queries, keys in _slices(spans, len(key)):
+    for run, queries, keys in slices(spans, len(key)):
         texts, shared = run.texts, run.prefix_tokens
         run_query, run_key, run_value = query[queries], key[keys], value[keys]
         if shared:
@@ -116,10 +116,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
     return mixed.flatten(1)
 
 
-def _slices(spans: Spans, most_tokens: int) -> Iterator[tuple[Run, slice, slice]]:
-    """Texts of each call, their queries and their own keys.
+def slices(spans: Spans, most_tokens: int) -> Iterator[tuple[Run, slice, slice]]:
+    """Texts of one length, their queries and their own keys, in order.
 
-    A run is one call, unless its texts with a prefix before each would be more tokens than given.
+    All of a run, unless its texts with a prefix before each would be more tokens than given.
+
+    Args:
+        spans: Where the texts lie.
+        most_tokens: Of the texts and the prefixes before each; a single text may have more.
     """
     query, key = 0, spans.prefix_tokens
     for run in spans.runs:

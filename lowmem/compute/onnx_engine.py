@@ -220,10 +220,13 @@ def _cuda_session(onnxruntime: Any, path: Path, checkpoint: Checkpoint, threads:
         if said.getvalue():
             logger.debug("onnxruntime.preload_dlls: %s", said.getvalue().strip())
     settings = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    is_plain = all(isinstance(form, Plain) for form in checkpoint.formats.values())
     session = onnxruntime.InferenceSession(
         path,
         options,
         providers=[("CUDAExecutionProvider", settings)],
+        # It would cast every weight on the host while the session opens, and keep it.
+        disabled_optimizers=["ConstantFolding"] if is_plain else [],
         enable_fallback=0,
     )
     # A provider whose libraries do not load is left out without an error.

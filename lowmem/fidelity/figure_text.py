@@ -57,6 +57,11 @@ def tiny_text(value: float | None) -> str:
     return f"{value:.0e}" if value else "0"
 
 
+def sentence_text(words: str) -> str:
+    """Words with a capital in front; all that follows stays as it is, as names do."""
+    return words[:1].upper() + words[1:]
+
+
 FILTERS: Mapping[str, Callable[..., Any]] = {
     "cosine": cosine_text,
     "size": size_text,
@@ -64,5 +69,6 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "share": share_text,
     "signed": signed_text,
     "tiny": tiny_text,
+    "sentence": sentence_text,
 }
 """What a page's template calls them."""

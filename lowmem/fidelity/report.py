@@ -210,7 +210,7 @@ def _compare(
     reference, rest = inputs.texts, iter(others)
     cosines = metrics.cosines(reference.vectors, vectors)
     summary = metrics.summary(cosines)
-    nonfinite = metrics.nonfinite(vectors)
+    nonfinite = sum(metrics.nonfinite(found) for found, _ in ran)
     now = neighbours.find(vectors, NEIGHBOURS)
     variant = bundle.variant(plan.variant)
     rows = reference.rows

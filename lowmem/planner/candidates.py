@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from lowmem.planner.device_memory import has_triton
 AUTO = "auto"
 BATCH_TOKENS = 4096
 _WINDOW_BATCHES = 4
+NEEDLESS = "resident fits, and reads the weights once"
 # Of what a streamed plan leaves free, this much may hold layers that stay.
 _KEPT_SHARE = 0.8
 
@@ -149,7 +150,7 @@ def candidates(subject: Subject, hardware: Hardware, wishes: Wishes) -> list[Pla
         if not wishes.match(plan):
             continue
         plan = _within_memory(plan, subject, hardware)
-        reason = _cannot_run(plan, hardware)
+        reason = _cannot_run(plan, subject, hardware)
         plans.append(plan.with_(dropped=reason or plan.dropped))
     if not plans:
         wanted = ", ".join(f"{k} {v}" for k, v in vars(wishes).items() if v != AUTO)
@@ -196,7 +197,19 @@ def _plan(
 
 
 def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
-    """Predicts a plan's memory, and says so if it is more than there is."""
+    """Predicts a plan's memory, and says so if it is more than there is.
+
+    A streamed plan gets the largest window of whole batches that fits, up to the usual one.
+    """
+    for window in range(plan.window_tokens, 0, -plan.batch_tokens):
+        fitted = _predicted(plan.with_(window_tokens=window), subject, hardware)
+        if fitted.dropped is None:
+            break
+    return _keeping_layers(fitted, subject, hardware) if plan.schedule == "streamed" else fitted
+
+
+def _predicted(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
+    """A plan with its memory, dropped if that is more than there is."""
     formats = subject.formats[plan.variant]
     host, device = memory.predict(
         plan,
@@ -214,7 +227,7 @@ def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     if plan.device == "cuda" and device > hardware.gpus[0].free_bytes:
         free = _gib(hardware.gpus[0].free_bytes)
         return plan.with_(dropped=f"needs {_gib(device)} on the GPU, {free} are free")
-    return _keeping_layers(plan, subject, hardware) if plan.schedule == "streamed" else plan
+    return plan
 
 
 def _keeping_layers(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
@@ -222,6 +235,8 @@ def _keeping_layers(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
 
     On a CPU they are mapped, and stay in the page cache because the others leave it.
     """
+    if plan.dropped is not None:
+        return plan
     config, formats = subject.config, subject.formats[plan.variant]
     on_gpu = plan.device == "cuda"
     free = hardware.gpus[0].free_bytes if on_gpu else hardware.host_free_bytes
@@ -239,7 +254,7 @@ def _keeping_layers(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     return plan.with_(host_bytes=host, device_bytes=device, drops_cache=drops_cache)
 
 
-def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:
+def _cannot_run(plan: Plan, subject: Subject, hardware: Hardware) -> str | None:
     if (
         find_spec(plan.engine) is None
     ):  # engines are named after their packages, extras after devices
@@ -250,6 +265,8 @@ def _cannot_run(plan: Plan, hardware: Hardware) -> str | None:
             return f"this GPU has no {plan.compute} arithmetic"
         if plan.compute == "int8" and gpu.compute_capability < INT8_CAPABILITY:
             return "8-bit products need tensor cores, compute capability 7.5 or above"
+        if plan.engine == "onnxruntime" and plan.compute != "fp16" and subject.config.is_stock:
+            return "ONNX Runtime's causal attention on CUDA is for 16 bits alone"
         return None
     if plan.engine == "onnxruntime":
         if plan.compute == "fp16":
@@ -288,8 +305,19 @@ def _without_needless_streaming(plans: list[Plan], wishes: Wishes) -> list[Plan]
         return plans
     resident = {p.report_id for p in plans if p.schedule == "resident" and p.dropped is None}
     return [
-        plan.with_(dropped="resident fits, and reads the weights once")
+        plan.with_(dropped=NEEDLESS)
         if plan.schedule == "streamed" and plan.dropped is None and plan.report_id in resident
+        else plan
+        for plan in plans
+    ]
+
+
+def with_streamed_twins(plans: Sequence[Plan]) -> list[Plan]:
+    """The plans; those that were needless beside a resident one are not, where that has failed."""
+    resident = {p.report_id for p in plans if p.schedule == "resident" and p.dropped is None}
+    return [
+        plan.with_(dropped=None)
+        if plan.dropped == NEEDLESS and plan.report_id not in resident
         else plan
         for plan in plans
     ]

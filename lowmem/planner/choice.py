@@ -16,7 +16,7 @@ from lowmem.compute.plan import Plan
 from lowmem.errors import CapacityError
 from lowmem.hardware import Hardware
 from lowmem.planner import estimate, window
-from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates
+from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates, with_streamed_twins
 from lowmem.planner.timing import time_plans
 
 BUILT_IN_TEXTS = ("probe", "quick")
@@ -91,20 +91,19 @@ def choose(
         for plan in candidates(subject, machine, wishes)
     ]
     if time_all:
-        plans = time_plans(plans, bundle, subject, machine, on_plan)
-    remaining = list(plans)
+        timed = time_plans(plans, bundle, subject, machine, on_plan)
+        plans = time_plans(with_streamed_twins(timed), bundle, subject, machine, on_plan)
     while True:
-        tier, kind = _best_tier(remaining, wishes)
+        tier, kind = _best_tier(plans, wishes)
         # A streamed plan is timed even if it is alone, since its window follows from that.
-        if len(tier) > 1 or any(plan.schedule == "streamed" for plan in tier):
-            timed = time_plans(tier, bundle, subject, machine, on_plan)
-            known = {plan.id: plan for plan in timed}
-            plans = [known.get(plan.id, plan) for plan in plans]
-            tier = [plan for plan in timed if plan.dropped is None]
-            if not tier:
-                remaining = [plan for plan in plans if plan.dropped is None]
-                continue
-        break
+        if len(tier) < 2 and not any(plan.schedule == "streamed" for plan in tier):
+            break
+        timed = time_plans(tier, bundle, subject, machine, on_plan)
+        known = {plan.id: plan for plan in timed}
+        plans = with_streamed_twins([known.get(plan.id, plan) for plan in plans])
+        if all(plan.dropped is None for plan in timed):
+            tier = timed
+            break
     if not tier:
         return Choice(machine, _ordered(plans), None, _nothing_left(plans, bundle))
     chosen = _best_of(tier, bundle.contract, repeated)

@@ -59,8 +59,10 @@ def activation_bytes(
         not isinstance(form, Int8Channel) or form.rounds_activations for form in formats.values()
     ):
         rows = 2
-    # The residual stream; inputs, q, k and v, or then q, k, v and the mixed heads.
-    attention = 4 * hidden + max(rows * hidden, width * query) + width * (query + 2 * key)
+    # The residual stream; inputs, q, k and v, or then q, k, v, keys and values gathered behind
+    # their prefixes, and the mixed heads, twice.
+    mixing = width * (2 * query + 2 * key)
+    attention = 4 * hidden + max(rows * hidden, mixing) + width * (query + 2 * key)
     # The residual stream as it was and as it becomes; gate and up, and what they make together.
     chunk = min(tokens, DEVICE_CHUNK_TOKENS)
     return max(attention * tokens, 8 * hidden * tokens + (2 * width + rows) * inner * chunk)

@@ -62,8 +62,8 @@ def tokens_per_second(
         text_tokens: Length of one text, of which attention's share follows; causal.
 
     Returns:
-        Tokens per second, or None for a CPU plan, a card without the rates that are needed, and an
-        engine whose kernels are not known.
+        Tokens per second, or None for a CPU plan, a card without the rates that are needed, an
+        engine whose kernels are not known, and weights that come from a disk of unknown speed.
     """
     arithmetic = _ARITHMETIC.get((plan.engine, plan.compute))
     rate = _rate(arithmetic or "", gpu)
@@ -86,7 +86,7 @@ def tokens_per_second(
         + moved / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)
     )
     if plan.schedule == "streamed":
-        if gpu.copy_bandwidth is None:
+        if gpu.copy_bandwidth is None or plan.drops_cache:
             return None
         streamed = 1 - plan.kept_layers / config.num_hidden_layers
         copying = streamed * stored / gpu.copy_bandwidth

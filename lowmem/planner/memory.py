@@ -77,7 +77,9 @@ def predict(
         besides = _LARGE_PRODUCTS_BYTES if widest >= _LARGEST_HEAP_BLOCK_BYTES else 0
         return TORCH_BASE_BYTES + folded + streamed + work + besides, 0
     resident = weights if plan.schedule == "resident" else plan.kept_layers * layer
-    host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + streamed
+    # torch rounds pinned memory up to powers of two.
+    pinned = 2 * (1 << (layer - 1).bit_length()) if plan.schedule == "streamed" else 0
+    host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + pinned
     return host, CUDA_CONTEXT_BYTES + folded + kept + resident + streamed + work
 
 
@@ -219,4 +221,4 @@ def _onnx(
         opening = unsigned + largest_unsigned
         return ONNX_BASE_BYTES + packed + folded + widened + max(activations, opening), 0
     host = ONNX_BASE_BYTES + CUDA_HOST_BYTES
-    return host, CUDA_CONTEXT_BYTES + packed + folded + activations
+    return host, CUDA_CONTEXT_BYTES + packed + folded + widened + activations

@@ -42,7 +42,8 @@ def time_plans(
 ) -> list[Plan]:
     """Fills in ``tokens_per_second`` of every candidate, from the cache or by a short prefill.
 
-    Streamed plans on a CPU also get the window that hides reading behind the arithmetic.
+    Streamed plans on a CPU also get the window that hides reading behind the arithmetic, and count
+    as fast as they are in full windows, since the few texts that are timed would hide nothing.
 
     Args:
         plans: Plans; dropped ones are left as they are.
@@ -85,6 +86,9 @@ def time_plans(
                 machine,
                 copy_bandwidth=bandwidth,
                 tokens_per_second=computing,
+            )
+            speed = window.tokens_per_second(
+                plan, subject, copy_bandwidth=bandwidth, computing=computing
             )
         timed.append(plan.with_(tokens_per_second=speed))
     return timed
@@ -143,11 +147,13 @@ class _Timings:
 
 
 def _read_bandwidth(plan: Plan, bundle: Bundle, timings: _Timings) -> float:
-    key = f"read-{bundle.manifest.artifact_sha256(plan.variant)}"
+    files = bundle.directory(plan.variant).glob("*.safetensors")
+    largest = max(files, key=lambda file: file.stat().st_size)
+    # The same artifact may lie on several disks.
+    key = f"read-{largest.stat().st_dev}-{bundle.manifest.artifact_sha256(plan.variant)}"
     known = timings.get(key)
     if known is None:
-        files = bundle.directory(plan.variant).glob("*.safetensors")
-        known = window.read_bandwidth(max(files, key=lambda file: file.stat().st_size))
+        known = window.read_bandwidth(largest)
         timings.add({key: known})
     return known
 
@@ -160,6 +166,7 @@ def _key(plan: Plan, bundle: Bundle, rows: Sequence[Row], layers: int) -> str:
         "window_tokens": plan.window_tokens,
         # In eighths of the stack, so that a little more free memory does not mean a new timing.
         "kept": 8 * plan.kept_layers // layers,
+        "drops_cache": plan.drops_cache,
         "artifact": bundle.manifest.artifact_sha256(plan.variant),
         "texts": [row.id for row in rows],
         "versions": package_versions(),

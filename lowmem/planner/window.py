@@ -46,10 +46,7 @@ def sized(
     Returns:
         The plan in whole batches, with the memory for them and the reason in words.
     """
-    config, formats = subject.config, subject.formats[plan.variant]
-    streamed = memory.stored_bytes(config, formats) * (
-        1 - plan.kept_layers / config.num_hidden_layers
-    )
+    streamed = streamed_bytes(plan, subject)
     hiding_tokens = streamed / copy_bandwidth * tokens_per_second
     needed = max(1, math.ceil(MARGIN * hiding_tokens / plan.batch_tokens))
     least = _predicted(plan, 1, subject, machine)
@@ -69,6 +66,27 @@ def sized(
     if tokens < hiding_tokens:
         reason += f", and memory holds {tokens}"
     return _predicted(plan, batches, subject, machine).with_(reason=reason)
+
+
+def streamed_bytes(plan: Plan, subject: Subject) -> float:
+    """What a pass through all layers reads."""
+    config, formats = subject.config, subject.formats[plan.variant]
+    return memory.stored_bytes(config, formats) * (1 - plan.kept_layers / config.num_hidden_layers)
+
+
+def tokens_per_second(
+    plan: Plan, subject: Subject, *, copy_bandwidth: float, computing: float
+) -> float:
+    """How fast a streamed plan is in full windows: as fast as the slower of copy and arithmetic.
+
+    Args:
+        plan: The plan, with its window.
+        subject: What is planned for.
+        copy_bandwidth: Of weights to where they are multiplied, in bytes per second.
+        computing: Tokens per second of its arithmetic, had the weights always been there.
+    """
+    copying = streamed_bytes(plan, subject) / copy_bandwidth
+    return plan.window_tokens / max(plan.window_tokens / computing, copying)
 
 
 def read_bandwidth(path: Path) -> float:

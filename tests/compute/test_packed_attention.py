@@ -79,6 +79,26 @@ def test_a_kernel_and_sdpa_by_length_give_the_plain_form(
         assert float((got - expected).abs().max()) <= ATTENTION
 
 
+def test_keys_behind_shared_prefixes_are_gathered_for_no_more_than_the_batch_has() -> None:
+    gathered: list[int] = []
+
+    def counting(query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool) -> Tensor:
+        gathered.append(len(key))
+        return reference(query, key, value, layout, causal)
+
+    spans = Spans.of([(40, [3] * 30 + [2] * 5), (0, [1]), (25, [7])], True, "cpu")
+    query, key, value = (
+        torch.rand(count, 1, 8, generator=torch.Generator().manual_seed(0))
+        for count in (108, 65 + 108, 65 + 108)
+    )
+    for one in (spans, spans.of_last_tokens()):
+        asked = query[spans.last_tokens] if one.pooled_only else query
+        got = attend(counting, asked, key, value, one)
+        assert float((got - attention.attend(asked, key, value, one)).abs().max()) <= ATTENTION
+    assert max(gathered) <= len(key)
+    assert len(gathered) >= 2 * (35 * 40 // len(key))
+
+
 def top_left(query: Tensor, key: Tensor, value: Tensor, layout: Layout, causal: bool) -> Tensor:
     """Wrong with a prefix, as SDPA's own mask is: aligned to the first key."""
     begins = layout.keys[:-1]

@@ -21,8 +21,17 @@ def groups(places: list[int]) -> Counter[str]:
 
 
 def test_a_part_has_every_group_and_as_much_of_each_as_the_whole() -> None:
-    assert groups(stratified(ROWS, TOKENS, 4)) == {"en": 1, "de": 1, "q": 1, "long": 1}
-    assert groups(stratified(ROWS, TOKENS, 50)) == {"en": 29, "de": 15, "q": 5, "long": 1}
+    assert groups(stratified(ROWS, TOKENS, 8)).keys() == {"en", "de", "q", "long"}
+    assert groups(stratified(ROWS, TOKENS, 50)) == {"en": 30, "de": 15, "q": 4, "long": 1}
+
+
+@pytest.mark.parametrize("count", [10, 100, 400])
+def test_many_small_groups_take_half_of_a_part_at_most(count: int) -> None:
+    rows = [Row(f"en-{n}", f"text {n}", lang="en") for n in range(1900)]
+    rows += [Row(f"x-{n}", f"text {n}", lang=f"x{n}") for n in range(100)]
+    part = stratified(rows, [20] * len(rows), count)
+    english = sum(rows[place].lang == "en" for place in part)
+    assert count / 2 <= english < count
 
 
 def test_a_smaller_part_is_in_a_larger_one_and_in_the_order_of_the_texts() -> None:

@@ -102,6 +102,22 @@ def test_layers_leave_the_page_cache_only_where_they_would_not_all_stay_in_it():
     assert not plans(replace(MODERN, gpus=(small_card,)))[on_gpu].drops_cache
 
 
+@pytest.mark.parametrize(("free", "batches"), [(5.0, 4), (3.2, 2), (2.8, 1)])
+def test_a_streamed_plan_takes_a_smaller_window_before_it_is_dropped(free, batches):
+    long = replace(SUBJECT, max_seq_length=32768)
+    machine = replace(MODERN, gpus=(replace(RTX_3060, free_bytes=int(free * GIB)),))
+    (plan,) = candidates(long, machine, Wishes("int4", "torch", "cuda", "fp16", "streamed"))
+    assert plan.dropped is None
+    assert plan.window_tokens == batches * 32768
+
+
+def test_causal_graphs_run_in_16_bits_alone_on_a_card():
+    found = plans(replace(MODERN, gpus=(replace(RTX_3060, free_bytes=40 * GIB),)))
+    on_card = {id: p for id, p in found.items() if "onnxruntime-cuda" in id}
+    running = [id for id, p in on_card.items() if p.dropped is None or "not installed" in p.dropped]
+    assert running == ["fp16-onnxruntime-cuda-fp16-resident"]
+
+
 def test_a_turing_card_has_no_bf16():
     turing = Gpu("RTX 2080 Ti", 11 * GIB, 10 * GIB, (7, 5))
     found = plans(replace(MODERN, gpus=(turing,)))

@@ -2,10 +2,14 @@ from dataclasses import replace
 
 import pytest
 
+from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import FLOORS
 from lowmem.compute.plan import Plan
+from lowmem.errors import CapacityError
+from lowmem.measure import Record
+from lowmem.planner import timing
 from lowmem.planner.candidates import Wishes
-from lowmem.planner.choice import _best_of, _best_tier, _explain, repeated_share
+from lowmem.planner.choice import _best_of, _best_tier, _explain, choose, repeated_share
 from tests.models import CONTRACT
 
 FLOOR = FLOORS["standard"]
@@ -77,6 +81,22 @@ def test_only_instructions_that_came_before_are_repeated():
     assert repeated_share(["a"] * 2, [instruction, instruction + "x"]) == 0
     assert repeated_share(["a"] * 4, ["query: "] * 4) == 0
     assert repeated_share([], []) == 0
+
+
+def test_a_streamed_plan_stands_in_for_a_resident_one_that_fails(tiny_bundle, monkeypatch):
+    """Memory that the prediction found may be gone by the time that a plan is run."""
+
+    def measure(path, plan, rows, **_):
+        if plan.schedule == "resident":
+            raise CapacityError("the weights do not fit")
+        return Record(1, 100, 0.0, [2.0])
+
+    monkeypatch.setattr(timing, "measure", measure)
+    bundle, wishes = Bundle(tiny_bundle), Wishes("int8", "torch", "cpu")  # fp32 and int8
+    for time_all in (False, True):
+        found = choose(bundle, wishes=wishes, floor=FLOOR, time_all=time_all)
+        assert found.get().schedule == "streamed"
+        assert found.get().tokens_per_second
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,19 @@ def test_timing_sizes_a_streamed_plan_without_what_it_waited_and_remembers_both(
     monkeypatch.setattr(window, "read_bandwidth", lambda path: layers / 3)
     for _ in range(2):
         (plan,) = time_plans([PLAN], bundle, subject, HOST)
-        assert plan.tokens_per_second == 400
+        assert plan.tokens_per_second == 2000  # in a full window, which hides what it waits for
         assert plan.window_tokens == window.MARGIN * 3 * 2000
         assert plan.reason.endswith("hide behind 6000 tokens at 2000 tokens/s")
     assert len(runs) == 1
     assert list(cache.directory().iterdir())
+    dropping = PLAN.with_(drops_cache=True)
+    time_plans([dropping], bundle, subject, HOST)
+    assert runs[1:] == [dropping], "reading from the page cache says nothing of a disk"
+
+
+def test_a_streamed_plan_is_as_fast_as_the_slower_of_copy_and_arithmetic():
+    plan = PLAN.with_(window_tokens=4000)
+    for seconds, speed, expected in ((1.0, 1000, 1000), (8.0, 1000, 500)):
+        bandwidth = STORED_BYTES / seconds
+        found = window.tokens_per_second(plan, SUBJECT, copy_bandwidth=bandwidth, computing=speed)
+        assert found == pytest.approx(expected)

@@ -80,7 +80,7 @@ def multiply_fp8(
         scales.t(),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
-    )[:, :out_features]
+    )[:, :out_features].contiguous()
     return _finish(rows, result if residual is None else result.to(dtype), residual)
 
 

@@ -1,6 +1,7 @@
 """Attention over packed texts by a kernel that knows where each text begins: one call a batch.
 
-With shared prefixes the keys of every text are its prefix's and its own; causal masks of these
+With shared prefixes the keys of every text are its prefix's and its own, gathered for as many texts
+at a time as have no more keys than the batch; causal masks of these
 kernels are aligned to the last key, so that queries need no padding. Which of the kernels there is
 depends on card and torch: each must first agree with the plain form on small extreme texts.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -53,10 +54,31 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Layout, bool], Tensor]
 def attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
     """As :func:`lowmem.compute.attention.attend`, by a kernel."""
     device = str(query.device)
-    layout = _layout(spans.runs, spans.prefix_tokens, spans.pooled_only, device)
-    if layout.key_rows is not None:
-        key, value = key[layout.key_rows], value[layout.key_rows]
-    return kernel(query, key, value, layout, spans.is_causal).flatten(1)
+    if not spans.prefix_tokens:
+        layout = _layout(spans.runs, None, spans.pooled_only, device)
+        return kernel(query, key, value, layout, spans.is_causal).flatten(1)
+    mixed = torch.empty_like(query)
+    for parts in _calls(spans, len(key)):
+        runs, queries, keys = zip(*parts, strict=True)
+        asked = slice(queries[0].start, queries[-1].stop)
+        layout = _layout(runs, keys[0].start, spans.pooled_only, device)
+        gathered = key[layout.key_rows], value[layout.key_rows]
+        mixed[asked] = kernel(query[asked], *gathered, layout, spans.is_causal)
+    return mixed.flatten(1)
+
+
+def _calls(spans: Spans, most_keys: int) -> Iterator[list[tuple[Run, slice, slice]]]:
+    """Texts of each call, whose keys with a prefix before each are no more than given."""
+    parts: list[tuple[Run, slice, slice]] = []
+    held = 0
+    for run, queries, keys in attention.slices(spans, most_keys):
+        size = run.texts * (run.prefix_tokens + run.length)
+        if parts and held + size > most_keys:
+            yield parts
+            parts, held = [], 0
+        parts.append((run, queries, keys))
+        held += size
+    yield parts
 
 
 def by_length(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
@@ -131,14 +153,15 @@ def _parameters(function: Callable[..., object]) -> frozenset[str]:
 
 
 @lru_cache(_LAYOUTS)
-def _layout(runs: tuple[Run, ...], prefix_tokens: int, pooled_only: bool, device: str) -> Layout:
+def _layout(runs: tuple[Run, ...], first_key: int | None, pooled_only: bool, device: str) -> Layout:
+    """Where texts of some runs lie; ``first_key`` is the first of their own, behind prefixes."""
     each = [run for run in runs for _ in range(run.texts)]
     lengths = torch.tensor([run.length for run in each])
     queries = torch.ones_like(lengths) if pooled_only else lengths
     keys = lengths + torch.tensor([run.prefix_tokens for run in each])
     rows = None
-    if prefix_tokens:
-        begins = prefix_tokens + lengths.cumsum(0) - lengths
+    if first_key is not None:
+        begins = first_key + lengths.cumsum(0) - lengths
         pieces = []
         for run, begin in zip(each, begins.tolist(), strict=True):
             pieces.append(torch.arange(run.prefix_begin, run.prefix_end))
