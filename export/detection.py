@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from export.sources.huggingface import POOLING, pooling_modes
+from export.sources.stated import POOLING, PROMPTS, pooling_modes
 from lowmem.artifact import strict_json
 from lowmem.artifact.models import known_models
 
 _MISTRAL = ("e5-mistral", "linq", "sfr", "sfr-2")
 _NV_EMBED = ("nv-embed-v1", "nv-embed-v2")
-_E5_PROMPTS = frozenset(("web_search_query", "sts_query", "summarization_query", "bitext_query"))
+_E5_PROMPTS = ("web_search_query", "sts_query", "summarization_query", "bitext_query")
 _RECORDS = Path(".cache") / "huggingface" / "download"  # of `hf download --local-dir`
 
 
@@ -61,12 +61,11 @@ def _by_files(path: Path) -> tuple[str, ...]:
     if "modeling_gritlm7b." in json.dumps(config.get("auto_map")):
         return ("gritlm",)
     pooling = _object(path / POOLING)
-    if pooling and "lasttoken" not in pooling_modes(pooling):
+    if pooling and pooling_modes(pooling) != ("lasttoken",):
         return ()
-    prompts = _object(path / "config_sentence_transformers.json").get("prompts")
-    if isinstance(prompts, dict) and set(prompts) == _E5_PROMPTS:
-        return ("e5-mistral",)
-    return _MISTRAL
+    contract = known_models()["e5-mistral"].contract
+    e5_prompts = {name: contract.prompt("query", name) for name in _E5_PROMPTS}
+    return ("e5-mistral",) if _object(path / PROMPTS).get("prompts") == e5_prompts else _MISTRAL
 
 
 def _object(path: Path) -> dict[str, Any]:

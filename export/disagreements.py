@@ -1,4 +1,4 @@
-"""What a source's own files do with BOS, EOS and pooling, beside what the contract says.
+"""What a source's own files do with tokens, pooling and prompts, beside what the contract says.
 
 Nothing follows it: ids come from the contract, and the variants' tokenizers are rendered from the
 contract. But whoever runs the source elsewhere gets other vectors than ours, without an error.
@@ -6,14 +6,40 @@ contract. But whoever runs the source elsewhere gets other vectors than ours, wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 
 from tokenizers import Tokenizer
 
-from export.sources import Source
-from export.sources.huggingface import POOLING
+from export.sources.stated import POOLING, PROMPTS, Stated
+from lowmem.artifact import strict_json
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.stock_files import TOKENIZER
+from lowmem.artifact.stock_files import TOKENIZER, TOKENIZER_CONFIG, settled_prompts
+
+
+def disagreements(
+    stated: Stated, tokenizer_files: Mapping[str, bytes], contract: Contract
+) -> Iterator[str]:
+    """What whoever runs the source by its own files computes otherwise, a line each.
+
+    Args:
+        stated: The source's files for sentence-transformers.
+        tokenizer_files: The source's; ``tokenizer.json`` among them has been found valid.
+        contract: What is exported.
+    """
+    if problem := tokenizer_disagreement(tokenizer_files, contract):
+        yield f"{problem}; the bundle follows its contract, and so do the tokenizers in it"
+    if _splits_special_tokens(tokenizer_files):
+        yield (
+            f"{TOKENIZER_CONFIG} splits special tokens that stand in texts; in the bundle they are "
+            "the tokens that they name"
+        )
+    for problem in (
+        pooling_disagreement(stated, contract),
+        *_prompt_disagreements(stated, contract),
+    ):
+        if problem is not None:
+            yield f"{problem}; the bundle follows its contract"
 
 
 def tokenizer_disagreement(tokenizer_files: Mapping[str, bytes], contract: Contract) -> str | None:
@@ -40,15 +66,38 @@ def tokenizer_disagreement(tokenizer_files: Mapping[str, bytes], contract: Contr
     return f"{TOKENIZER} " + (" and ".join(problems) or "adds tokens that the contract has not")
 
 
-def pooling_disagreement(source: Source, contract: Contract) -> str | None:
-    """What a source's ``1_Pooling/config.json`` pools by, or None where it agrees or is not there.
+def pooling_disagreement(stated: Stated, contract: Contract) -> str | None:
+    """What a source's ``1_Pooling/config.json`` pools, or None where it agrees or is not there.
 
     Args:
-        source: The checkpoint.
+        stated: The source's files.
         contract: What it ought to pool by; the mean behind latent attention is one.
     """
-    modes = source.pooling_modes
+    modes = stated.pooling_modes
     pooling = "mean" if contract.pooling == "latent_attention" else contract.pooling
-    if modes in ((), (pooling,)):
-        return None
-    return f"{POOLING} pools by {', '.join(modes)}, and the contract by {contract.pooling}"
+    if modes not in ((), (pooling,)):
+        return f"{POOLING} pools by {', '.join(modes)}, and the contract by {contract.pooling}"
+    has_prompts = contract.query_template != "{text}" or contract.document_template != "{text}"
+    if modes and pooling == "mean" and stated.pools_prompts and has_prompts:
+        return (
+            f"{POOLING} takes the mean over prompt and text (include_prompt), and a contract can "
+            "only leave the prompt out"
+        )
+    return None
+
+
+def _prompt_disagreements(stated: Stated, contract: Contract) -> Iterator[str]:
+    """Prompts of queries and documents that the source names, and the contract has otherwise."""
+    for name, prompt in settled_prompts(contract).items():
+        said = stated.prompts.get(name)
+        if name in ("query", "document") and said is not None and said != prompt:
+            yield (
+                f"{PROMPTS} puts {json.dumps(said)} before a {name}, and the contract "
+                f"{json.dumps(prompt)}"
+            )
+
+
+def _splits_special_tokens(tokenizer_files: Mapping[str, bytes]) -> bool:
+    file = tokenizer_files.get(TOKENIZER_CONFIG)
+    settings = {} if file is None else strict_json.loads(file, TOKENIZER_CONFIG)
+    return isinstance(settings, dict) and settings.get("split_special_tokens") is True

@@ -16,7 +16,7 @@ from typing import Any
 from export import licences
 from export.allocation import Effects, allocate, pooled_effects, some_texts
 from export.calibration import Calibration
-from export.disagreements import pooling_disagreement, tokenizer_disagreement
+from export.disagreements import disagreements
 from export.graph import graphs_of
 from export.groups import read_tensor, write_groups
 from export.identity import SourceIdentity
@@ -101,6 +101,11 @@ def export(
     if calibration:
         check_float32()
     licences.check(source.licence, accepts_licence, source.name)
+    if contract.is_causal and not source.config.is_stock:
+        raise InputError(
+            f"the attention of {source.name} is bidirectional, as its config.json says, and the "
+            "contract's is causal: give the contract of this model"
+        )
     config = replace(source.config, is_stock=contract.is_causal)
     contract = contract.bounded(config.longest_sequence)
     dtype = "BF16" if source.dtype == "BF16" else "F16"
@@ -158,14 +163,8 @@ def export(
             workspace.clear()
             return old
 
-        if problem := tokenizer_disagreement(tokenizer_files, contract):
-            logger.warning(
-                "%s: %s; the bundle follows its contract, and so do the tokenizers in it",
-                source.name,
-                problem,
-            )
-        if problem := pooling_disagreement(source, contract):
-            logger.warning("%s: %s; the bundle follows its contract", source.name, problem)
+        for problem in disagreements(source.stated, tokenizer_files, contract):
+            logger.warning("%s: %s", source.name, problem)
         if lacks_query_prompt(stock):
             logger.warning(
                 "%s: a query needs a task, and the contract has no default: stock "

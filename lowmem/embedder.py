@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,9 @@ class Embedder:
         if isinstance(sentences, str):
             texts = [sentences]
         else:
-            texts = list(sentences)
-            if not all(isinstance(text, str) for text in texts):
+            has_order = isinstance(sentences, Iterable) and not isinstance(sentences, Set | Mapping)
+            texts = list(sentences) if has_order else []
+            if not (has_order and all(isinstance(text, str) for text in texts)):
                 raise InputError("sentences must be a string or a sequence of strings")
         vectors = self.embed(
             texts,

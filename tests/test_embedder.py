@@ -90,7 +90,9 @@ def test_any_sequence_of_strings_is_taken(model: Embedder) -> None:
         assert np.array_equal(model.encode(sentences), expected)
 
 
-@pytest.mark.parametrize("sentences", [[1, 2], ["a", None], b"bytes", [["a"]]])
+@pytest.mark.parametrize(
+    "sentences", [[1, 2], ["a", None], b"bytes", [["a"]], {"a", "b"}, {"a": 1}, None]
+)
 def test_anything_but_strings_is_refused(model: Embedder, sentences: Any) -> None:
     with pytest.raises(InputError, match="must be a string or a sequence of strings"):
         model.encode(sentences)

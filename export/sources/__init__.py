@@ -13,6 +13,7 @@ from export import licences
 from export.sources.gguf import GgufFile
 from export.sources.hub import open_hub_model
 from export.sources.huggingface import HuggingFaceDirectory
+from export.sources.stated import Stated
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.tensors import RawTensor
 from lowmem.errors import InputError
@@ -46,11 +47,8 @@ class Source(Protocol):
         """The licence that the source names, or None."""
 
     @property
-    def pooling_modes(self) -> tuple[str, ...]:
-        """What its own files pool by, in sentence-transformers' words; none where they do not say.
-
-        ``lasttoken``, ``mean``, ``cls`` and others.
-        """
+    def stated(self) -> Stated:
+        """How its own files would have it used."""
 
     @property
     def shards(self) -> tuple[Path, ...] | None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from export.sources.gguf_header import GgufTensor, read_header
 from export.sources.gguf_tokenizer import tokenizer_files
+from export.sources.stated import Stated
 from lowmem.artifact.config import ModelConfig, parse_config
 from lowmem.artifact.tensors import RawTensor, StoredTensor, some_names
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM
@@ -86,7 +87,7 @@ class GgufFile:
         self.name = path.name
         self.config = _config(metadata, path)
         licence = metadata.get("general.license")
-        self.pooling_modes: tuple[str, ...] = ()
+        self.stated = Stated()
         self.licence = licence if isinstance(licence, str) else None
         self._blocks = _known_blocks(self._gguf, {tensor.type for tensor in tensors.values()})
         self._tensors = self._checked(tensors)

@@ -13,14 +13,13 @@ from pathlib import Path
 from export import licences
 from export.sources.huggingface import (
     CARD,
-    MODULES,
     TOKENIZER,
     TOKENIZER_FILES,
     HuggingFaceDirectory,
     card_licence,
-    refuse_modules,
     refuse_quantized,
 )
+from export.sources.stated import MODULES, SETTINGS, refuse_adapter, refuse_other_vectors
 from lowmem import hub
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import parse_config
@@ -59,13 +58,13 @@ def open_hub_model(
     listing = hub.listing(model)
     _check_files(model, listing.sizes)
     pinned = HubModel(model.name, listing.commit)
-    for file in (CARD, MODULES, _CONFIG):
+    for file in (CARD, MODULES, SETTINGS, _CONFIG):
         if file in listing.sizes:
             path = hub.fetch(pinned, file)
     directory = path.parent
     licences.check(card_licence(directory / CARD), accepts_licence, model.name)
     refuse_quantized(directory)
-    refuse_modules(directory)
+    refuse_other_vectors(directory)
     parse_config(strict_json.read_object(path), str(path))
     small = [file for file in listing.sizes if file in TOKENIZER_FILES or _MODULES.fullmatch(file)]
     if SINGLE_FILE in listing.sizes:
@@ -83,6 +82,7 @@ def open_hub_model(
 
 def _check_files(model: HubModel, files: Collection[str]) -> None:
     """Refuses, by the names of its files alone, what is no source."""
+    refuse_adapter(files, f"{model} on the hub")
     if _CONFIG not in files:
         raise InputError(f"a source must have a {_CONFIG}, and {model} on the hub has none")
     if SINGLE_FILE not in files and INDEX_FILE not in files:

@@ -7,10 +7,9 @@ what an export needs besides: a single dtype, the licence, the tokenizer and the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from export.sources.stated import Stated, refuse_other_vectors
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import NORMS, ModelConfig
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, RawTensor
@@ -26,9 +25,6 @@ from lowmem.errors import BundleError, InputError
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 CARD = "README.md"
-MODULES = "modules.json"
-POOLING = "1_Pooling/config.json"
-_COMPUTED = ("Transformer", "Pooling", "Normalize")
 _MOST_CARD_BYTES = 2**20
 
 
@@ -56,7 +52,7 @@ class HuggingFaceDirectory:
         """
         self._directory = directory
         refuse_quantized(directory)
-        refuse_modules(directory)
+        refuse_other_vectors(directory)
         _refuse_pickled(directory)
         self._checkpoint = Checkpoint(directory)
         if not (directory / TOKENIZER).is_file():
@@ -67,10 +63,7 @@ class HuggingFaceDirectory:
         self.name = name or directory.resolve().name
         self.revision = revision
         self.licence = card_licence(directory / CARD)
-        pooling = directory / POOLING
-        self.pooling_modes = (
-            pooling_modes(strict_json.read_object(pooling)) if pooling.is_file() else ()
-        )
+        self.stated = Stated.of_directory(directory)
         dtypes = {self._checkpoint.tensors[name].dtype for name in _names(self.config)}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
 
@@ -136,46 +129,6 @@ def refuse_quantized(directory: Path) -> None:
             f"a source must have 16 or 32-bit weights, and {directory} is quantized already "
             f"(quant_method {method!r}): export from the model that it was made of"
         )
-
-
-def refuse_modules(directory: Path) -> None:
-    """Checks that a directory's ``modules.json``, if there is one, names only what is computed.
-
-    Raises:
-        BundleError: It has, or it is damaged.
-    """
-    path = directory / MODULES
-    if not path.is_file():
-        return
-    modules = strict_json.loads(_read(path), str(path))
-    if not isinstance(modules, list):
-        raise BundleError(f"{path} must hold an array, got {strict_json.type_name(modules)}")
-    named = [module.get("type") if isinstance(module, dict) else None for module in modules]
-    kinds = [kind for kind in named if isinstance(kind, str)]
-    if len(kinds) < len(named):
-        raise BundleError(f"each module must have its type as a string ({path})")
-    # Releases of sentence-transformers differ in where a module stands, not in what it is called.
-    others = [kind for kind in kinds if kind.rpartition(".")[2] not in _COMPUTED]
-    if others:
-        raise BundleError(
-            f"lowmem computes {', '.join(_COMPUTED[:-1])} and {_COMPUTED[-1]} only, got the module "
-            f"{', '.join(map(repr, others))} ({path})"
-        )
-
-
-def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the configuration of a pooling says, in sentence-transformers' words.
-
-    Newer files name the modes under ``pooling_mode``; older ones have a flag for each.
-
-    Args:
-        config: The object in ``1_Pooling/config.json``.
-    """
-    if "pooling_mode" in config:
-        named = config["pooling_mode"]
-        return tuple(map(str, named)) if isinstance(named, list) else (str(named),)
-    flags = (re.fullmatch(r"pooling_mode_(\w+?)(?:_tokens?)?", key) for key in config)
-    return tuple(flag[1] for flag in flags if flag and config[flag[0]] is True)
 
 
 def _refuse_pickled(directory: Path) -> None:

@@ -8,6 +8,7 @@ makes every vector wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ ARCHITECTURES = {
     "llama": ("LlamaModel", "LlamaForCausalLM"),
     "mistral": ("MistralModel", "MistralForCausalLM"),
 }
+_ROPE_KEYS = {"rope_type", "type", "factor", "rope_theta", "partial_rotary_factor"}
 _STOCK_WINDOWS = {"mistral": 4096}  # what transformers takes where the key is missing
 # Written where stock code of the same weights would compute causal attention: no loader knows
 # these types, so none gives another vector without a word.
@@ -52,6 +54,7 @@ _READ = frozenset(
         "rms_norm_eps",
         "rope_theta",
         "rope_parameters",
+        "rope_scaling",
         "max_position_embeddings",
         "sliding_window",
         "quantization_config",
@@ -71,7 +74,7 @@ class ModelConfig:
     Attributes:
         model_type: ``llama`` or ``mistral``: whose layers these are.
         is_stock: Whether the directory's ``model_type`` is one that stock loaders take, and so
-            compute causal attention.
+            compute causal attention; not where ``is_causal`` is false, which newer ones follow.
         latent_attention: The shape of a pooling that has weights, or None.
     """
 
@@ -162,7 +165,9 @@ def parse_config(value: dict[str, Any], place: str) -> ModelConfig:
         model_type, value = "mistral", _nvembed_body(value, problems)
     else:
         model_type = _body_type(written, place)
-    is_stock = written in ARCHITECTURES
+    # Before transformers 5 stock code reads no is_causal, and would compute causal attention.
+    has_stock_type = written in ARCHITECTURES
+    is_stock = has_stock_type and value.get("is_causal") is not False
     _check_architectures(value, written, problems)
 
     numbers: dict[str, int] = {}
@@ -193,9 +198,10 @@ def parse_config(value: dict[str, Any], place: str) -> ModelConfig:
     eps = _number(value, "rms_norm_eps", problems)
     theta = _rope_theta(value, problems)
     latents = None
-    if written == _NVEMBED or (not is_stock and stored_latents is not None):
+    if written == _NVEMBED or (not has_stock_type and stored_latents is not None):
         latents = parse_latent_attention(stored_latents, numbers["hidden_size"], problems)
-    read = _READ if is_stock or written == _NVEMBED else {*_READ, LATENT_ATTENTION}
+    is_ours = not has_stock_type and written != _NVEMBED
+    read = {*_READ, LATENT_ATTENTION} if is_ours else _READ
     refuse_other_maths(value, read, problems)
 
     if problems:
@@ -320,16 +326,14 @@ def _rope_theta(value: dict[str, Any], problems: list[str]) -> float:
     found: dict[str, float] = {}
     if "rope_theta" in value:
         found["rope_theta"] = _number(value, "rope_theta", problems)
-    parameters = value.get("rope_parameters")
-    if parameters is not None:
-        if not isinstance(parameters, dict) or set(parameters) - {"rope_type", "rope_theta"}:
-            problems.append(
-                f"rope_parameters may hold rope_type and rope_theta only, got {parameters!r}"
-            )
-        elif parameters.get("rope_type", "default") != "default":
-            problems.append(f"rope_type must be 'default', got {parameters['rope_type']!r}")
+    for key in ("rope_parameters", "rope_scaling"):
+        parameters = value.get(key)
+        if parameters is None:
+            continue
+        if not isinstance(parameters, dict) or not _is_plain_rope(parameters):
+            problems.append(f"{key}={parameters!r} changes the maths and is not supported")
         elif "rope_theta" in parameters:
-            found["rope_parameters"] = _number(parameters, "rope_theta", problems)
+            found[key] = _number(parameters, "rope_theta", problems)
     if not found:
         problems.append(
             "rope_theta is missing: it stands neither at the top nor in rope_parameters"
@@ -338,3 +342,15 @@ def _rope_theta(value: dict[str, Any], problems: list[str]) -> float:
     if len(set(found.values())) > 1:
         problems.append(f"rope_theta and rope_parameters disagree: {found}")
     return next(iter(found.values()))
+
+
+def _is_plain_rope(parameters: Mapping[str, Any]) -> bool:
+    """Whether rotary positions are those of the first paper: not scaled, in all features."""
+    kinds = [parameters[key] for key in ("rope_type", "type") if key in parameters]
+    factor = parameters.get("factor", None if "linear" in kinds else 1.0)
+    return (
+        set(parameters) <= _ROPE_KEYS
+        and all(kind in ("default", "linear") for kind in kinds)
+        and factor == 1.0
+        and parameters.get("partial_rotary_factor", 1.0) == 1.0
+    )

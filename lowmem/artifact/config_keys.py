@@ -13,12 +13,11 @@ from typing import Any
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "rope_scaling": (None,),
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1.0, None),
     "hidden_act": ("silu",),
     "use_bidirectional_attention": (False, None),
-    "is_causal": (True, None),
+    "is_causal": (True, False, None),  # read beside model_type
     "pretraining_tp": (1, None),
     "is_decoder": (False, True, None),
     "add_cross_attention": (False, None),
@@ -33,7 +32,8 @@ _INERT = frozenset(
     is_encoder_decoder return_dict output_attentions output_hidden_states torchscript
     use_bfloat16 tf_legacy_loss finetuning_task id2label label2id tokenizer_class prefix
     task_specific_params problem_type chunk_size_feed_forward transformers.js_config
-    _attn_implementation_autoset model_type_original license""".split()
+    _attn_implementation_autoset model_type_original license unsloth_version
+    unsloth_fixed""".split()
 )
 
 # What transformers stores of text generation, which an embedding has no part in.

@@ -3,10 +3,12 @@
 They repeat what the contract says, in other libraries' words, so they are rendered from the
 contract and never edited: whoever loads a variant elsewhere gets the same ids and the same
 pooling, or an error. A contract that stock code would compute as something else gets the tokenizer
-alone: attention that is not causal, beside a ``config.json`` that no stock loader takes, and a mean
-that would leave out more or fewer tokens than ours. One thing cannot be made an error: where a
-query needs a task and the contract has no default, sentence-transformers' ``encode_query`` puts
-nothing before a query unless it is given the ``prompt_name`` of a task; export warns of it.
+and an error besides: attention that is not causal a ``config.json`` that no stock loader takes, and
+a mean that would leave out more or fewer tokens than ours a ``modules.json`` with a pooling that
+sentence-transformers does not find (without one it makes up its own). One thing cannot be made an
+error: where a query needs a task and the contract has no default, sentence-transformers'
+``encode_query`` puts nothing before a query unless it is given the ``prompt_name`` of a task;
+export warns of it.
 
 The tokenizer's class is always ``PreTrainedTokenizerFast``, the one that takes ``tokenizer.json``
 as it stands; transformers 5 rebuilds the others, and its ``LlamaTokenizer`` gives other ids for a
@@ -34,8 +36,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _POOLING_FLAGS = {"lasttoken": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
 _PROMPTS = "config_sentence_transformers.json"
+_MODULES = "modules.json"
+UNEQUAL_MEAN = "lowmem.MeanBehindPrompts"
+"""The type of a pooling that sentence-transformers has not, and so refuses."""
 _SENTENCE_TRANSFORMERS = (
-    "modules.json",
+    _MODULES,
     "1_Pooling/config.json",
     "sentence_bert_config.json",
     _PROMPTS,
@@ -94,6 +99,8 @@ def render(
     }
     if contract.is_causal and _leaves_out_the_same(contract, pieces):
         files |= _sentence_transformers(config, contract)
+    elif contract.is_causal:
+        files[_MODULES] = _json(_modules("sentence_transformers.models.Transformer", UNEQUAL_MEAN))
     return files
 
 
@@ -187,22 +194,12 @@ def _piece(kind: str, name: str, segment: int) -> dict[str, Any]:
 
 
 def _sentence_transformers(config: ModelConfig, contract: Contract) -> dict[str, bytes]:
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    kinds = ["Transformer", "Pooling"]
     if contract.normalize_embeddings:
-        modules.append(("2_Normalize", "Normalize"))
-    prompts = _prompts(contract)
+        kinds.append("Normalize")
+    prompts = settled_prompts(contract)
     return {
-        "modules.json": _json(
-            [
-                {
-                    "idx": index,
-                    "name": str(index),
-                    "path": path,
-                    "type": f"sentence_transformers.models.{kind}",
-                }
-                for index, (path, kind) in enumerate(modules)
-            ]
-        ),
+        _MODULES: _json(_modules(*(f"sentence_transformers.models.{kind}" for kind in kinds))),
         # Not sorted: older releases of vLLM take the first key that is true for the pooling mode.
         "1_Pooling/config.json": _json(
             {
@@ -238,7 +235,20 @@ def _sentence_transformers(config: ModelConfig, contract: Contract) -> dict[str,
     }
 
 
-def _prompts(contract: Contract) -> dict[str, str]:
+def _modules(*kinds: str) -> list[dict[str, Any]]:
+    """What ``modules.json`` says of modules of these types, the first at the top."""
+    return [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": f"{index}_{kind.rpartition('.')[2]}" if index else "",
+            "type": kind,
+        }
+        for index, kind in enumerate(kinds)
+    ]
+
+
+def settled_prompts(contract: Contract) -> dict[str, str]:
     """Every prompt that the contract settles; a query without a task has none without a default."""
     templates = {"document": contract.document_template, "query": contract.query_template}
     prompts = {
@@ -258,7 +268,7 @@ def _leaves_out_the_same(contract: Contract, pieces: Tokenizer) -> bool:
     to the word behind it (``lowmem.text.tokenizer``). Older releases strip the prompt, and take its
     last token for EOS, whatever it is.
     """
-    prompts = [prompt for prompt in _prompts(contract).values() if prompt]
+    prompts = [prompt for prompt in settled_prompts(contract).values() if prompt]
     if contract.pooling != "mean" or not prompts:
         return True
 

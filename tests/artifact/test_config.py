@@ -153,13 +153,13 @@ def test_theta_is_read_from_either_home(homes: dict[str, Any]) -> None:
         ),
         (
             {"rope_theta": 1e4, "rope_parameters": {"rope_type": "linear"}},
-            "rope_type must be 'default', got 'linear'",
+            "rope_parameters=.*'linear'} changes the maths",
         ),
         (
             {"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}},
-            "rope_parameters may hold rope_type and rope_theta only",
+            "rope_parameters=.* changes the maths",
         ),
-        ({"rope_parameters": [1e4]}, "rope_parameters may hold rope_type and rope_theta only"),
+        ({"rope_parameters": [1e4]}, "changes the maths"),
         ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
         ({"rope_theta": float("nan")}, "rope_theta must be a positive number, got nan"),
     ],
@@ -175,9 +175,11 @@ def test_an_unclear_theta_is_refused(homes: dict[str, Any], problem: str) -> Non
         ("attention_bias", True),
         ("mlp_bias", True),
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": [], "factor": 1.0}),
         ("hidden_act", "gelu"),
         ("use_bidirectional_attention", True),
-        ("is_causal", False),
+        ("is_causal", "no"),
         ("partial_rotary_factor", 0.5),
         ("pretraining_tp", 2),
         ("add_cross_attention", True),
@@ -187,6 +189,32 @@ def test_an_unclear_theta_is_refused(homes: dict[str, Any], problem: str) -> Non
 def test_a_key_that_changes_the_maths_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(BundleError, match=f"{key}=.* changes the maths"):
         parse_config(E5_MISTRAL | {key: value}, "config.json")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        {"type": "default"},
+        {"type": "linear", "factor": 1.0},
+        {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4},
+    ],
+)
+def test_positions_that_are_scaled_by_nothing_are_read(rope: dict[str, Any]) -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        assert parse_config(E5_MISTRAL | {key: rope}, "config.json") == MISTRAL_7B
+    whole = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0}
+    assert parse_config(E5_MISTRAL | {"rope_parameters": whole}, "config.json") == MISTRAL_7B
+
+
+def test_attention_that_says_it_is_not_causal_is_not_what_all_stock_loaders_compute() -> None:
+    config = parse_config(E5_MISTRAL | {"is_causal": False}, "config.json")
+    assert config == replace(MISTRAL_7B, is_stock=False)
+
+
+def test_what_tuning_libraries_note_of_themselves_changes_nothing() -> None:
+    value = E5_MISTRAL | {"unsloth_version": "2026.1", "unsloth_fixed": True}
+    assert parse_config(value, "config.json") == MISTRAL_7B
 
 
 @pytest.mark.parametrize("kinds", [["sliding_attention"] * 32, "sliding_attention", {}])

@@ -120,13 +120,18 @@ def test_a_mean_over_the_same_tokens_gets_all_files(
         {"eos_token_id": None},  # older releases take one token off
     ],
 )
-def test_a_mean_over_other_tokens_gets_the_tokenizer_alone(
+def test_a_mean_over_other_tokens_is_refused_by_sentence_transformers(
     tmp_path: Path, tiny: Files, change: dict[str, Any]
 ) -> None:
     contract = replace(MEAN, **change)
     files = render(CONFIG, contract, tiny)
-    assert files.keys() == {"tokenizer.json", "tokenizer_config.json"}
-    check(write(tmp_path, files), CONFIG, contract)
+    assert files.keys() == {"tokenizer.json", "tokenizer_config.json", "modules.json"}
+    directory = write(tmp_path, files)
+    check(directory, CONFIG, contract)
+    # It needs no weights to find that there is no such pooling.
+    llama_model(llama_config(**config_json(CONFIG, "float32"))).save_pretrained(directory)
+    with pytest.raises(ImportError, match=r"MeanBehindPrompts"):
+        SentenceTransformer(str(directory), device="cpu")
     assert render(CONFIG, replace(contract, pooling="lasttoken"), tiny).keys() > files.keys()
 
 
@@ -135,7 +140,7 @@ def test_sentence_transformers_files_beside_another_mean_are_refused(
 ) -> None:
     directory = write(tmp_path, render(CONFIG, CONTRACT, tiny))
     with pytest.raises(
-        BundleError, match=r"modules\.json must not be there: .* take the mean over"
+        BundleError, match=r"1_Pooling/config\.json must not be there: .* take the mean over"
     ):
         check(directory, CONFIG, replace(CONTRACT, pooling="mean"))
 

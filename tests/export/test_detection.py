@@ -24,7 +24,14 @@ CONFIG = {
     "num_hidden_layers": 32,
 }
 LAST_TOKEN = {"word_embedding_dimension": 4096, "pooling_mode_lasttoken": True}
-E5_PROMPTS = ("web_search_query", "sts_query", "summarization_query", "bitext_query")
+E5_PROMPTS = {
+    "web_search_query": "Instruct: Given a web search query, retrieve relevant passages that "
+    "answer the query\nQuery: ",
+    "sts_query": "Instruct: Retrieve semantically similar text.\nQuery: ",
+    "summarization_query": "Instruct: Given a news summary, retrieve other semantically similar "
+    "summaries\nQuery: ",
+    "bitext_query": "Instruct: Retrieve parallel sentences.\nQuery: ",
+}
 
 
 def checkpoint(path: Path, config: dict[str, Any], **files: Any) -> Path:
@@ -81,11 +88,17 @@ def test_a_parents_name_in_the_config_decides_nothing(tmp_path: Path, name: str)
 def test_e5_is_known_by_its_prompts(tmp_path: Path) -> None:
     files = {
         "1_Pooling__config": LAST_TOKEN,
-        "config_sentence_transformers": {"prompts": dict.fromkeys(E5_PROMPTS, "x")},
+        "config_sentence_transformers": {"prompts": E5_PROMPTS},
     }
     assert detect(checkpoint(tmp_path, {}, **files)) == ("e5-mistral",)
-    files["config_sentence_transformers"] = {"prompts": dict.fromkeys(E5_PROMPTS[:3], "x")}
-    assert detect(checkpoint(tmp_path, {}, **files)) == MISTRAL
+    for other in (dict.fromkeys(E5_PROMPTS, "query: "), dict(list(E5_PROMPTS.items())[:3])):
+        files["config_sentence_transformers"] = {"prompts": other}
+        assert detect(checkpoint(tmp_path, {}, **files)) == MISTRAL
+
+
+def test_a_vector_of_several_poolings_is_no_known_model(tmp_path: Path) -> None:
+    both = {"1_Pooling__config": {"pooling_mode": ["lasttoken", "mean"]}}
+    assert detect(checkpoint(tmp_path, {}, **both)) == ()
 
 
 def test_gritlm_is_known_by_the_code_that_it_names(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from export.disagreements import disagreements
 from export.pipeline import export
 from export.sources import HuggingFaceDirectory, open_source
-from lowmem.errors import BundleError
+from lowmem.artifact.contract import Contract
+from lowmem.errors import BundleError, InputError, LowmemError
 from tests.models import CONTRACT, tiny_checkpoint
 
 
@@ -86,7 +88,7 @@ def test_pooling_modes_are_read_in_both_of_their_forms(
     if config is not None:
         (directory / "1_Pooling").mkdir()
         (directory / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    assert HuggingFaceDirectory(directory).pooling_modes == modes
+    assert HuggingFaceDirectory(directory).stated.pooling_modes == modes
 
 
 @pytest.mark.parametrize(
@@ -126,3 +128,85 @@ def test_what_stock_code_would_do_otherwise_is_a_warning(
     for message, warning in zip(others, warnings, strict=True):
         assert message.startswith(f"tiny: {warning}")
         assert "\n" not in message
+
+
+PROMPTED = replace(
+    CONTRACT,
+    query_template="query: {text}",
+    document_template="passage: {text}",
+    tasks={},
+    default_task=None,
+    pooling="mean",
+)
+
+
+def disagreeing(directory: Path, contract: Contract) -> list[str]:
+    source = HuggingFaceDirectory(directory)
+    return list(disagreements(source.stated, source.tokenizer_files(), contract))[1:]
+
+
+def put(directory: Path, name: str, value: Any) -> None:
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / name).write_text(json.dumps(value))
+
+
+def test_a_mean_over_prompts_is_a_disagreement_where_there_are_prompts(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path / "tiny", layers=1).path
+    bare = replace(PROMPTED, query_template="{text}", document_template="{text}")
+    assert disagreeing(directory, PROMPTED) == []
+    put(directory, "1_Pooling/config.json", {"pooling_mode": "mean"})
+    (said,) = disagreeing(directory, PROMPTED)
+    assert "takes the mean over prompt and text (include_prompt)" in said
+    assert disagreeing(directory, bare) == []
+    put(directory, "1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False})
+    assert disagreeing(directory, PROMPTED) == []
+
+
+def test_other_prompts_are_a_disagreement(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path / "tiny", layers=1).path
+    name = "config_sentence_transformers.json"
+    put(directory, name, {"prompts": {"query": "query: ", "document": "", "other": "x"}})
+    assert disagreeing(directory, PROMPTED) == []
+    put(directory, name, {"prompts": {"query": "Q: ", "document": "passage: "}})
+    (said,) = disagreeing(directory, PROMPTED)
+    assert said.startswith(f'{name} puts "Q: " before a query, and the contract "query: "')
+
+
+def test_splitting_special_tokens_is_a_disagreement(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path / "tiny", layers=1).path
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(settings | {"split_special_tokens": True}))
+    (said,) = disagreeing(directory, CONTRACT)
+    assert "splits special tokens that stand in texts" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "problem"),
+    [
+        ("adapter_config.json", {}, InputError, "merge the adapter into the weights"),
+        ("sentence_bert_config.json", {"do_lower_case": True}, BundleError, "lower-cased before"),
+    ],
+)
+def test_what_would_give_other_vectors_is_refused(
+    tmp_path: Path, name: str, value: Any, error: type[LowmemError], problem: str
+) -> None:
+    directory = tiny_checkpoint(tmp_path / "tiny", layers=1).path
+    put(directory, name, value)
+    with pytest.raises(error, match=problem):
+        open_source(directory)
+
+
+def test_a_bidirectional_source_is_not_exported_as_causal(tmp_path: Path) -> None:
+    directory = tiny_checkpoint(tmp_path / "tiny", layers=1).path
+    config = json.loads((directory / "config.json").read_text())
+    put(directory, "config.json", config | {"is_causal": False})
+    options: dict[str, Any] = {"variants": ["fp16"], "onnx": False}
+    with pytest.raises(InputError, match="is bidirectional, as its config"):
+        export(open_source(directory), tmp_path / "bundle", CONTRACT, **options)
+    assert not (tmp_path / "bundle").exists()
+    both_ways = replace(CONTRACT, is_causal=False)
+    export(open_source(directory), tmp_path / "bundle", both_ways, **options)
+    again = open_source(tmp_path / "bundle" / "fp16")
+    with pytest.raises(InputError, match="the attention of fp16 is bidirectional"):
+        export(again, tmp_path / "again", CONTRACT, **options)
