@@ -12,9 +12,13 @@ from collections.abc import Iterator, Mapping
 from tokenizers import Tokenizer
 
 from export.sources.stated import POOLING, PROMPTS, Stated
-from lowmem.artifact import strict_json
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.stock_files import TOKENIZER, TOKENIZER_CONFIG, settled_prompts
+from lowmem.artifact.stock_files import (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    settled_prompts,
+    tokenizer_settings,
+)
 
 
 def disagreements(
@@ -78,7 +82,7 @@ def pooling_disagreement(stated: Stated, contract: Contract) -> str | None:
     if modes not in ((), (pooling,)):
         return f"{POOLING} pools by {', '.join(modes)}, and the contract by {contract.pooling}"
     has_prompts = contract.query_template != "{text}" or contract.document_template != "{text}"
-    if modes and pooling == "mean" and stated.pools_prompts and has_prompts:
+    if modes and contract.pooling == "mean" and stated.pools_prompts and has_prompts:
         return (
             f"{POOLING} takes the mean over prompt and text (include_prompt), and a contract can "
             "only leave the prompt out"
@@ -99,5 +103,5 @@ def _prompt_disagreements(stated: Stated, contract: Contract) -> Iterator[str]:
 
 def _splits_special_tokens(tokenizer_files: Mapping[str, bytes]) -> bool:
     file = tokenizer_files.get(TOKENIZER_CONFIG)
-    settings = {} if file is None else strict_json.loads(file, TOKENIZER_CONFIG)
-    return isinstance(settings, dict) and settings.get("split_special_tokens") is True
+    settings = {} if file is None else tokenizer_settings(file, TOKENIZER_CONFIG)
+    return settings.get("split_special_tokens") is True

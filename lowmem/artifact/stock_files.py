@@ -327,15 +327,25 @@ def _padding(pieces: Tokenizer, tokenizer_files: Mapping[str, bytes]) -> AddedTo
     }
     for name in (TOKENIZER_CONFIG, _SPECIAL_TOKENS):
         if name in tokenizer_files:
-            named = _lenient(tokenizer_files[name], name).get("pad_token")
+            named = tokenizer_settings(tokenizer_files[name], name).get("pad_token")
             content = named.get("content") if isinstance(named, dict) else named
             if isinstance(content, str) and content in by_content:
                 return by_content[content]
     return None
 
 
-def _lenient(data: bytes, place: str) -> dict[str, Any]:
-    """A source's settings; they say "no limit" by an integer longer than strict_json takes."""
+def tokenizer_settings(data: bytes, place: str) -> dict[str, Any]:
+    """What a source's ``tokenizer_config.json`` or ``special_tokens_map.json`` holds.
+
+    They say "no limit" by an integer that is longer than ``strict_json`` takes.
+
+    Args:
+        data: The file.
+        place: Its name, for the message.
+
+    Raises:
+        BundleError: It is not a JSON object.
+    """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
