@@ -191,7 +191,7 @@ class Site:
             ceiling += memory.packed_bytes(plan, subject.config, formats)
         before = read_bytes_of_children()
         vectors = self.vectors(step)
-        record = measure(self.bundle, plan, texts(), warm_up=False, vectors=vectors)
+        record = measure(Bundle(self.bundle), plan, texts(), warm_up=False, vectors=vectors)
         return {
             "plan": plan.id,
             "batch_tokens": plan.batch_tokens,

@@ -58,7 +58,7 @@ def _speeds(bundle: Path, plan: Plan) -> dict[str, Any]:
         for stored in Checkpoint(directory).tensors.values():
             stored.drop_cached()
     before = read_bytes_of_children()
-    record = measure(bundle, plan, texts(), repeats=PASSES, warm_up=False)
+    record = measure(Bundle(bundle), plan, texts(), repeats=PASSES, warm_up=False)
     return {
         "plan": plan.id,
         "window_tokens": plan.window_tokens,

@@ -60,7 +60,7 @@ def read_json(name: str) -> dict[str, Any] | None:
     _check_name(name)
     try:
         path = _path(name)
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_constant=_no_number)
     except FileNotFoundError:
         return None
     except (OSError, InputError) as error:
@@ -101,7 +101,8 @@ def write_json(name: str, value: Mapping[str, Any]) -> None:
 def verified_sha256(path: Path) -> str | None:
     """Returns the sha256 that was remembered for a file, if the file has not changed since.
 
-    A file is the same while its device, inode, size and modification time in nanoseconds are.
+    A file is the same while its device, inode, size, and times of modification and of change are.
+    The last cannot be set, unlike the time of modification, which archives restore.
 
     Args:
         path: The file; links are followed.
@@ -110,7 +111,7 @@ def verified_sha256(path: Path) -> str | None:
         64 hex digits, or None if it must be hashed again.
     """
     try:
-        key = identity(path.stat())
+        key = _version(path.stat())
     except OSError:
         return None
     sha256 = (read_json(_VERIFIED) or {}).get(key)
@@ -128,10 +129,10 @@ def remember_sha256(path: Path, sha256: str, *, before: os.stat_result | None = 
             not remembered.
     """
     try:
-        key = identity(path.stat())
+        key = _version(path.stat())
     except OSError:
         return
-    if before is not None and key != identity(before):
+    if before is not None and key != _version(before):
         return
     known = read_json(_VERIFIED) or {}
     known.pop(key, None)
@@ -142,6 +143,11 @@ def remember_sha256(path: Path, sha256: str, *, before: os.stat_result | None = 
 def identity(status: os.stat_result) -> str:
     """Device, inode, size and time of a file: the same as long as nobody changes the file."""
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _version(status: os.stat_result) -> str:
+    """The same, and when the file was changed, which a new link to it counts as."""
+    return f"{identity(status)}:{status.st_ctime_ns}"
 
 
 @contextlib.contextmanager
@@ -168,6 +174,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def _check_name(name: str) -> None:

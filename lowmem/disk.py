@@ -19,6 +19,11 @@ NO_ROOM = (*DISK_FULL, errno.EFBIG)
 """The same, and what it says where a file is over a limit on the size of files."""
 
 
+def shown_name(path: Path) -> str:
+    """The last part of a path for texts and JSON; bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path.name).decode(errors="backslashreplace")
+
+
 def nearest_directory(path: Path) -> Path:
     """The path where it is a directory, or the nearest directory above it."""
     return next(place for place in (path, *path.absolute().parents) if place.is_dir())

@@ -29,7 +29,7 @@ from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
-from lowmem.errors import BackendError, LowmemError
+from lowmem.errors import BackendError, BundleError, LowmemError
 
 PACKAGES = (
     "lowmem",
@@ -102,7 +102,7 @@ class Record:
 
 
 def measure(
-    bundle: Path,
+    bundle: Bundle,
     plan: Plan,
     rows: Sequence[Row],
     *,
@@ -115,7 +115,7 @@ def measure(
     """Runs a plan in a child process.
 
     Args:
-        bundle: The bundle.
+        bundle: The bundle; the child refuses a variant that was exported anew since it was opened.
         plan: What to run.
         rows: The texts; those over the contract's limit are cut, EOS kept.
         repeats: Timed passes over all texts.
@@ -128,8 +128,10 @@ def measure(
     Raises:
         LowmemError: What the child raised; a crash, a kill or a time-out is a BackendError.
     """
+    bundle.variant(plan.variant)  # or there is none
     job = {
-        "bundle": str(bundle),
+        "bundle": str(bundle.path),
+        "artifact": bundle.manifest.artifact_sha256(plan.variant),
         "plan": asdict(plan),
         "rows": [{name: getattr(row, name) for name in _ROW_KEYS} for row in rows],
         "passes": [asdict(one) for one in passes or [Pass(tuple(range(len(rows))))] * repeats],
@@ -241,7 +243,11 @@ def _run_job(job: dict[str, Any]) -> Record:
     plan = Plan(**job["plan"])
     rows = [Row(**row) for row in job["rows"]]
     start = time.perf_counter()
-    runner = Runner(Bundle(Path(job["bundle"])), plan)
+    bundle = Bundle(Path(job["bundle"]))
+    bundle.variant(plan.variant)
+    if bundle.manifest.artifact_sha256(plan.variant) != job["artifact"]:
+        raise BundleError(f"{plan.variant} was exported anew meanwhile ({bundle.path})")
+    runner = Runner(bundle, plan)
     load_seconds = time.perf_counter() - start
     texts = runner.tokenizer.encode_rows(rows)
     normalize = runner.contract.normalize_embeddings

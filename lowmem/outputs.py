@@ -15,11 +15,12 @@ def check_output(path: Path, others: Iterable[Path | None] = ()) -> None:
 
     Args:
         path: Where a result shall go; a file that is there will be replaced.
-        others: Files and directories of the same command, which it must not replace.
+        others: Files and directories of the same command; it must not replace the ones, nor lie in
+            the others.
 
     Raises:
         InputError: The directory is missing or cannot be written to, or ``path`` is no regular
-            file, or one of the others.
+            file, one of the others, or in one.
     """
     target = os.path.realpath(path)
     parent = os.path.dirname(target)
@@ -35,6 +36,11 @@ def check_output(path: Path, others: Iterable[Path | None] = ()) -> None:
         is_there = os.path.exists(other) and os.path.exists(target)
         if os.path.realpath(other) == target or (is_there and os.path.samefile(other, target)):
             raise InputError(f"{path} cannot be written: the command names it twice")
+        if os.path.isdir(other) and Path(target).is_relative_to(os.path.realpath(other)):
+            raise InputError(
+                f"{path} cannot be written: it lies in {other}, which the command has another use "
+                "for"
+            )
 
 
 def write_text(path: Path, text: str) -> None:

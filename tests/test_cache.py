@@ -89,7 +89,9 @@ def test_a_missing_file_is_empty_without_a_warning(caplog: pytest.LogCaptureFixt
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("data", [b"", b'{"a": 1', b"\xff\xfe", b"[1]", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data", [b"", b'{"a": 1', b"\xff\xfe", b"[1]", b"[" * 100_000, b'{"a": NaN}']
+)
 def test_a_damaged_file_is_empty_with_a_warning(
     directory: Path, caplog: pytest.LogCaptureFixture, data: bytes
 ) -> None:
@@ -171,6 +173,17 @@ def test_a_hash_is_forgotten_when_the_time_changes_by_a_nanosecond(model: Path) 
     cache.remember_sha256(model, SHA256)
     status = model.stat()
     os.utime(model, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert cache.verified_sha256(model) is None
+
+
+@pytest.mark.usefixtures("directory")
+def test_a_hash_is_forgotten_when_the_file_is_written_and_its_time_put_back(model: Path) -> None:
+    """As an archive that is unpacked over another one does, in the same inode."""
+    cache.remember_sha256(model, SHA256)
+    status = model.stat()
+    model.write_bytes(model.read_bytes()[::-1])
+    os.utime(model, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert cache.identity(model.stat()) == cache.identity(status)
     assert cache.verified_sha256(model) is None
 
 

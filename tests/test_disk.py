@@ -10,9 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lowmem.disk import check_room, mapped
+from lowmem.disk import check_room, mapped, shown_name
 from lowmem.errors import CapacityError
 from lowmem.measure import MemoryPeak
+
+
+def test_a_name_that_is_not_utf8_can_be_written_to_json() -> None:
+    path = Path(os.fsdecode(b"a/caf\xe9.txt"))
+    assert shown_name(path) == "caf\\xe9.txt"
+    assert shown_name(Path("a/café.txt")) == "café.txt"
 
 
 def test_room_is_asked_of_the_nearest_directory_that_is_there(

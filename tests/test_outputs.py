@@ -35,6 +35,16 @@ def test_an_output_must_be_none_of_the_commands_other_files(tmp_path: Path) -> N
     check_output(missing, [None, other])
 
 
+def test_an_output_lies_in_no_directory_of_the_commands_inputs(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "bundle")
+    for place in ("bundle", "link"):
+        with pytest.raises(InputError, match="which the command has another use for"):
+            check_output(tmp_path / place / "lowmem.json", [tmp_path / "bundle"])
+    with pytest.raises(InputError, match="which the command has another use for"):
+        check_dump(tmp_path / "bundle" / "dump", [tmp_path / "bundle"])
+
+
 def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "file")
     check_output(tmp_path / "link")
@@ -45,6 +55,9 @@ def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path) -> None:
 
 def test_a_dump_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None:
     check_dump(tmp_path / "new", [])
+    (tmp_path / "new" / "int8-torch-cpu-fp32.npy").write_bytes(b"mine")
+    with pytest.raises(InputError, match="npy files that no dump wrote"):
+        check_dump(tmp_path / "new", [])
     check_dump(tmp_path, [])
     (tmp_path / "texts.jsonl").write_text(DUMPED)
     (tmp_path / "reference.npy").write_bytes(b"")

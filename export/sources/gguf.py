@@ -21,6 +21,7 @@ from export.sources.stated import Stated
 from lowmem.artifact.config import ModelConfig, parse_config
 from lowmem.artifact.tensors import RawTensor, StoredTensor, some_names
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM
+from lowmem.disk import shown_name
 from lowmem.errors import BundleError, missing_extra
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class GgufFile:
         if architecture != "llama":
             raise BundleError(f"general.architecture must be llama, got {architecture!r} ({path})")
         self._tokenizer_files = tokenizer_files(metadata, str(path))
-        self.name = path.name
+        self.name = shown_name(path)
         self.config = _config(metadata, path)
         licence = metadata.get("general.license")
         self.stated = Stated()

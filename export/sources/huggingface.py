@@ -20,6 +20,7 @@ from lowmem.artifact.weights import (
     latent_shapes,
     module_shapes,
 )
+from lowmem.disk import shown_name
 from lowmem.errors import BundleError, InputError
 
 TOKENIZER = "tokenizer.json"
@@ -60,7 +61,7 @@ class HuggingFaceDirectory:
                 f"a source must have a {TOKENIZER}, and {directory} has none: make it with "
                 "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
-        self.name = name or directory.resolve().name
+        self.name = name or shown_name(directory.resolve())
         self.revision = revision
         self.licence = card_licence(directory / CARD)
         self.stated = Stated.of_directory(directory)

@@ -93,7 +93,7 @@ class Contract:
             )
         if task not in self.tasks:
             for name in self.tasks:
-                if name.casefold() == task.casefold():
+                if name.casefold() == task.strip().casefold():
                     raise InputError(f"the contract has no task {task!r}: its name is {name!r}")
         instruction = self.tasks.get(task, task)
         if instruction:

@@ -52,6 +52,8 @@ app.command("embed")(embed.embed)
 
 def main() -> None:
     """Runs the command line: exit status 0 done, 1 error, 2 usage, 3 below the floor."""
+    if sys.stderr is None:  # closed by whoever began this process
+        sys.stderr = open(os.devnull, "w")
     logging.basicConfig(format="lowmem: %(message)s", level=logging.WARNING, stream=sys.stderr)
     if not sys.stderr.isatty():
         # huggingface_hub draws its bars everywhere, and reads this when it is imported.
@@ -70,4 +72,8 @@ def main() -> None:
     except BrokenPipeError:
         # Whoever reads our output has gone; Python would complain again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        # A full disk or a right that is missing, where no layer below has words for it.
+        sys.stderr.write(f"lowmem: error: {error}\n")
         raise SystemExit(1) from None

@@ -86,7 +86,7 @@ def bench(
     opened = Bundle(bundle)
     wanted = parse_floor(floor)
     if json_file is not None:
-        check_output(json_file)
+        check_output(json_file, [bundle])
     machine = hardware.probe()
     subject = Subject.of_bundle(opened)
     wishes = Wishes(variant, engine, device, compute, schedule)
@@ -184,7 +184,7 @@ def _measure(
         plan = plan.with_(fidelity=verdict.fidelity(report, floor))
         try:
             rows = workload(subject.config, plan.device)
-            record = measure(bundle.path, plan, rows, repeats=_REPEATS)
+            record = measure(bundle, plan, rows, repeats=_REPEATS)
         except LowmemError as error:
             failed.append(plan.with_(dropped=str(error)))
             continue

@@ -42,7 +42,7 @@ def embed(
     floor: options.Floor = "standard",
 ) -> None:
     """Embed a file, with the fastest plan that fits this machine and is faithful."""
-    check_output(output, source=input_file)
+    check_output(output, others=[input_file, bundle])
     rows = read_rows(input_file, column=column, input_type=input_type, task=task)
     if not rows:
         raise InputError(f"{input_file} holds no text")

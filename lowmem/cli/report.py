@@ -15,6 +15,7 @@ from lowmem.artifact.verdict import Floor, parse_floor
 from lowmem.cli import options
 from lowmem.cli.report_tables import table
 from lowmem.compute.plan import Plan
+from lowmem.disk import shown_name
 from lowmem.errors import BackendError, InputError
 from lowmem.fidelity import drift, html, reference, retrieval, sts
 from lowmem.fidelity.inputs import Inputs, Wanted, want
@@ -93,13 +94,13 @@ def report(
         html.check_installed()
     opened = Bundle(bundle)
     least = parse_floor(floor)
-    given = [texts, sts_file, reference_file]
-    if json_file is not None:
-        check_output(json_file, [*given, html_file])
-    if html_file is not None:
-        check_output(html_file, [*given, json_file])
+    given = [texts, sts_file, reference_file, bundle, retrieval_directory]
     if dump_directory is not None:
         check_dump(dump_directory, given)
+    if json_file is not None:
+        check_output(json_file, [*given, html_file, dump_directory])
+    if html_file is not None:
+        check_output(html_file, [*given, json_file, dump_directory])
     for option, needed, name in (
         (task, retrieval_directory, "--task is the instruction of --retrieval"),
         (sts_task, sts_file, "--sts-task is the instruction of --sts"),
@@ -109,7 +110,7 @@ def report(
     old = drift.read_reports(compare) if compare is not None else None
     wanted = want(
         opened,
-        texts=None if texts is None else (texts.name, read_rows(texts, column=column)),
+        texts=None if texts is None else (shown_name(texts), read_rows(texts, column=column)),
         given_file=reference_file,
         limit=limit,
         collection=None
@@ -133,7 +134,9 @@ def report(
         "format": 1,
         "reports": reports,
         "agreement": agreement(compared),
-        "drift": None if compare is None or not old else drift.drift(compare.name, old, reports),
+        "drift": None
+        if compare is None or not old
+        else drift.drift(shown_name(compare), old, reports),
         "failed": [{"plan": plan.report_id, "reason": plan.dropped} for plan in failed],
     }
     if json_file is not None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowmem import cache
 from lowmem.artifact import stock_files
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.variants import ROUNDED
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.plan import Plan
-from lowmem.errors import BackendError, InputError
+from lowmem.errors import BackendError, BundleError, InputError
 from lowmem.text.batching import Batch, EncodedText, PackedBatch, arrange, duplicates
 from lowmem.text.tokenizer import Tokenizer
 
@@ -56,8 +58,9 @@ class Runner:
             CapacityError: The weights do not fit.
             InputError: The variant has no graph for this compute.
         """
-        bundle.check(plan.variant)
         directory = bundle.directory(plan.variant)
+        before = _statuses(directory)
+        bundle.check(plan.variant)
         checkpoint = Checkpoint(directory)
         stock_files.check(directory, checkpoint.config, bundle.contract)
         self.plan = plan
@@ -69,6 +72,9 @@ class Runner:
         self.normalizes = plan.engine == "onnxruntime" and bundle.contract.normalize_embeddings
         self._rounds_prefixes = rounds_prefixes(plan, bundle.variant(plan.variant).recipe)
         self._engine = _open_engine(bundle, checkpoint, plan)
+        # Engines open files by name, some of them several times.
+        if _statuses(directory) != before:
+            raise BundleError(f"{directory} changed while it was opened: open it again")
 
     def embed(
         self,
@@ -197,6 +203,13 @@ def rounds_prefixes(plan: Plan, recipe: Mapping[str, Any]) -> bool:
     is not what they expect, and moves vectors further from the reference than a rounded one.
     """
     return plan.compute == "int8" and recipe.get("activations") == ROUNDED
+
+
+def _statuses(directory: Path) -> dict[str, str]:
+    """Name to identity of the files of a variant, as they are now; empty where there is none."""
+    return {
+        file.name: cache.identity(file.stat()) for file in directory.glob("*") if file.is_file()
+    }
 
 
 def _open_engine(bundle: Bundle, checkpoint: Checkpoint, plan: Plan) -> Engine:

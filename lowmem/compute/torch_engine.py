@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -88,6 +89,7 @@ class TorchEngine:
         self._prefixes = PrefixCache(PREFIX_TOKENS)
         self._rounds_prefixes = rounds_prefixes
         self._one_pass = threading.Lock()
+        self._process = os.getpid()
         self._times_out_of_memory = 0
         self._most_tokens: int | None = None
         if self._is_resident:
@@ -122,8 +124,17 @@ class TorchEngine:
 
         Raises:
             CapacityError: A single text does not fit.
+            BackendError: This process was forked after the engine was made, or float32 products
+                would not be float32.
         """
-        with self._one_pass, torch.inference_mode():
+        if os.getpid() != self._process:
+            raise BackendError(
+                "torch's threads do not survive a fork: load the model in each process, or start "
+                'processes with multiprocessing.get_context("spawn")'
+            )
+        check_float32()
+        no_autocast = torch.autocast(self._device, enabled=False)
+        with self._one_pass, torch.inference_mode(), no_autocast:
             if on_layer is not None:
                 return self._run(batches, on_layer)
             parts = [[batch] for batch in batches] if self._is_resident else [batches]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lowmem.data import Row
+from lowmem.disk import shown_name
 from lowmem.errors import InputError
 from lowmem.fidelity import metrics, neighbours
 from lowmem.fidelity.directions import Vectors, is_finite
@@ -93,7 +94,7 @@ def replaced(reference: Reference, vectors: Vectors, path: Path, own: Vectors | 
     else:
         _compare(path, vectors, own, reference.rows)
     digest = hashlib.sha256(npy_bytes(vectors)).hexdigest()
-    return replace(reference, vectors=vectors, sha256=digest, given=path.name)
+    return replace(reference, vectors=vectors, sha256=digest, given=shown_name(path))
 
 
 def checked(count: int) -> list[int]:

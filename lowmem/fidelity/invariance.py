@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lowmem.artifact.manifest import Bundle
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.fidelity.directions import Floats, Vectors, unit_rows
@@ -24,7 +25,7 @@ _LONGEST_TOKENS = 256
 
 
 def invariance(
-    bundle: Path, plan: Plan, rows: Sequence[Row], tokens: Sequence[int], vectors: Vectors
+    bundle: Bundle, plan: Plan, rows: Sequence[Row], tokens: Sequence[int], vectors: Vectors
 ) -> dict[str, float | int] | None:
     """The ``invariance`` of a report: how far a text's vectors lie apart, 1 - cosine at most.
 

@@ -148,7 +148,7 @@ def _read(file: Path) -> tuple[Vectors, Record] | None:
             return vectors, Record(**json.loads(stored["record"].tobytes()))
     except OSError:
         return None
-    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s is damaged and is made anew: %s", file, error)
         return None
 

@@ -6,6 +6,7 @@ made at export and travel with the bundle; those of a user's own texts are kept 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
@@ -202,10 +203,12 @@ def of_own_texts(
     key = cache_key(_identity(bundle, rows))
     folder = cache.directory() / "references"
     vectors, tokens = folder / f"{key}.npy", f"reference-{key}.json"
-    known = cache.read_json(tokens)
-    if known is not None and vectors.exists() and file_sha256(vectors) == known.get("sha256"):
-        stored = np.load(vectors, allow_pickle=False)
-        return _reference(name, rows, tuple(known["tokens"]), known["truncated"], stored)
+    known = cache.read_json(tokens) or {}
+    # What is not there, or damaged, is computed again.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if file_sha256(vectors) == known["sha256"]:
+            stored = np.load(vectors, allow_pickle=False)
+            return _reference(name, rows, tuple(known["tokens"]), known["truncated"], stored)
     reference = compute(bundle, name, rows, threads, on_texts, parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ def compare_plans(
         if steered not in shared:
             shared[steered] = calibration.statement(bundle, steered, inputs.texts.rows)
         texts, vectors = inputs.texts, ran[0][0]
-        moved = functools.partial(invariance, bundle.path, plan, texts.rows, texts.tokens, vectors)
+        moved = functools.partial(invariance, bundle, plan, texts.rows, texts.tokens, vectors)
         identity = _identity(bundle, plan, texts, machine)
         about = {
             "invariance": parts.value(identity, "invariance", moved),
@@ -175,7 +175,7 @@ def _embed(
     def run(rows: Sequence[Row]) -> tuple[NDArray[np.float32], Record]:
         with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
             file = Path(folder) / "vectors.npy"
-            record = measure(bundle.path, plan, rows, vectors=file)
+            record = measure(bundle, plan, rows, vectors=file)
             return np.load(file, allow_pickle=False), record
 
     identity = _identity(bundle, plan, reference, machine)

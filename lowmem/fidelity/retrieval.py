@@ -20,6 +20,7 @@ import numpy as np
 from lowmem import data
 from lowmem.artifact import strict_json
 from lowmem.data import Row
+from lowmem.disk import shown_name
 from lowmem.errors import InputError
 from lowmem.fidelity import neighbours
 from lowmem.fidelity.directions import Floats, Vectors
@@ -132,7 +133,7 @@ def read_collection(directory: Path, task: str | None = None) -> Collection:
     if not asked:
         raise InputError(f"{qrels} names no relevant document for any query")
     return Collection(
-        directory.resolve().name,
+        shown_name(directory.resolve()),
         filled,
         tuple(asked),
         tuple(relevant),

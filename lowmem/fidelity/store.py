@@ -48,26 +48,28 @@ def store(bundle: Bundle, compared: Sequence[Compared], pages: Mapping[str, str]
 
 
 def check_dump(directory: Path, given: Iterable[Path | None]) -> None:
-    """Refuses a directory where a dump would replace anything but an earlier dump.
+    """Makes a directory for a dump, or refuses one where it would replace anything but a dump.
 
     Args:
         directory: Where :func:`dump` shall write; it need not exist.
-        given: Input files of the same command.
+        given: Input files and directories of the same command.
 
     Raises:
-        InputError: It is no directory, or holds files of those names that are no dump's.
+        InputError: It is no directory and cannot be made, or holds files of such names that are no
+            dump's.
     """
-    if not os.path.isdir(directory):
-        if os.path.lexists(directory):
-            raise InputError(f"--dump takes a directory, and {directory} is none")
-        return
-    files = [directory / _TEXTS, directory / _REFERENCE]
-    for file in files:
-        if os.path.lexists(file):
-            check_output(file, given)
-    if any(map(os.path.lexists, files)) and not _is_dump(files[0]):
+    if os.path.lexists(directory) and not os.path.isdir(directory):
+        raise InputError(f"--dump takes a directory, and {directory} is none")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory} cannot be made: {error.strerror}") from error
+    texts = directory / _TEXTS
+    for file in (texts, directory / _REFERENCE):
+        check_output(file, given)
+    if not _is_dump(texts) and (os.path.lexists(texts) or any(directory.glob("*.npy"))):
         raise InputError(
-            f"{directory} has a {_TEXTS} or {_REFERENCE} that no dump wrote: "
+            f"{directory} has a {_TEXTS} or .npy files that no dump wrote: "
             "give --dump another directory"
         )
 

@@ -14,6 +14,7 @@ import numpy as np
 from lowmem import data
 from lowmem.artifact import strict_json
 from lowmem.data import Row
+from lowmem.disk import shown_name
 from lowmem.errors import InputError
 from lowmem.fidelity.directions import TIE_DECIMALS, Floats, Vectors
 from lowmem.fidelity.metrics import cosines
@@ -90,7 +91,7 @@ def read_pairs(path: Path, task: str | None = None) -> Pairs:
             f"{path} must hold at least {_FEWEST} pairs with scores that are not all equal, "
             f"got {len(scores)} pairs"
         )
-    return Pairs(path.name, tuple(rows), np.array(scores))
+    return Pairs(shown_name(path), tuple(rows), np.array(scores))
 
 
 def judge(pairs: Pairs, reference: Vectors, vectors: Vectors) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def time_plans(
             try:
                 repeats = _DEVICE_REPEATS if plan.device == "cuda" else 1
                 record = measure(
-                    bundle.path, plan, rows, repeats=repeats, timeout_seconds=_TIMEOUT_SECONDS
+                    bundle, plan, rows, repeats=repeats, timeout_seconds=_TIMEOUT_SECONDS
                 )
             except LowmemError as error:
                 logger.warning("%s cannot run: %s", plan.id, error)

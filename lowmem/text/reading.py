@@ -22,7 +22,8 @@ from lowmem.errors import InputError, reason_of
 from lowmem.text.suffixes import known_suffix, load_pyarrow
 
 _INPUT_TYPES = ("query", "document")
-_OWN_KEYS = ("id", "input_type", "task", "lang")
+_INSTRUCTION_KEYS = ("input_type", "task")
+_OWN_KEYS = ("id", *_INSTRUCTION_KEYS, "lang")
 _MOST_LISTED = 10
 _EMPTY = "is empty: every row needs a text"
 
@@ -135,6 +136,8 @@ def _row(
         raise ValueError(_EMPTY)
     if not isinstance(text, str):
         raise ValueError(f"must have a string in {column!r}, got {_short(text)}")
+    if wrong := _misspelt(fields, column):
+        raise ValueError(wrong)
     own = {key: fields[key] for key in _OWN_KEYS if key != column and fields.get(key) is not None}
     row_id = own.get("id", line)
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
@@ -151,6 +154,15 @@ def _row(
     return InputRow(
         id=str(row_id), text=text, input_type=input_type, task=task, lang=lang, line=line
     )
+
+
+def _misspelt(names: Iterable[str], column: str) -> str | None:
+    """Names a key that would decide vectors if it had no blanks or capitals, if there is one."""
+    for name in names:
+        plain = name.strip().casefold()
+        if plain in _INSTRUCTION_KEYS and name not in (plain, column):
+            return f"has {_short(name)}, which counts for nothing: call it {plain!r}"
+    return None
 
 
 def _instruction_problem(input_type: object, task: object) -> str | None:
@@ -257,7 +269,9 @@ def _read_parquet(path: Path, column: str, problems: _Problems) -> _Fields:
             wanted = [name for name in names if name in (column, *_OWN_KEYS)]
             batches = (batch.to_pylist() for batch in table.iter_batches(columns=wanted))
             yield from enumerate(itertools.chain.from_iterable(batches), 1)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError(f"{path} cannot be read as Parquet: {reason_of(error)}") from error
 
 
@@ -266,6 +280,8 @@ def _check_columns(path: Path, names: Sequence[str], column: str) -> None:
         raise InputError(f"{path} {_no_column(column, names)}")
     if repeated := [name for name in (column, *_OWN_KEYS) if names.count(name) > 1]:
         raise InputError(f"{path} must have each column once, got several {repeated[0]!r}")
+    if wrong := _misspelt(names, column):
+        raise InputError(f"{path} {wrong}")
 
 
 def _no_column(column: str, names: Iterable[str]) -> str:

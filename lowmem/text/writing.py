@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,12 +22,13 @@ _PART_ROWS = 4096
 _BYTES_PER_NUMBER = {".jsonl": 14}  # in text, with what separates them; elsewhere a float32
 
 
-def check_output(path: Path, *, source: Path | None = None) -> None:
+def check_output(path: Path, *, others: Iterable[Path] = ()) -> None:
     """Refuses an output that could not be written, before anything is computed for it.
 
     Args:
         path: Where the vectors shall go; a file that is there will be replaced.
-        source: The input, which the output must not replace.
+        others: Files and directories of the same command, as in
+            :func:`lowmem.outputs.check_output`.
 
     Raises:
         InputError: The suffix is none of .npy, .jsonl and .parquet, or what
@@ -36,7 +37,7 @@ def check_output(path: Path, *, source: Path | None = None) -> None:
     """
     if known_suffix(path, "an output file", _WRITERS) == ".parquet":
         load_pyarrow("writing")
-    outputs.check_output(path, [source])
+    outputs.check_output(path, others)
 
 
 def check_room(path: Path, texts: int, dimensions: int) -> None:

@@ -62,6 +62,8 @@ def test_a_query_without_a_task_is_refused_where_there_is_no_default() -> None:
 
 
 def test_a_name_but_for_its_capitals_is_no_instruction() -> None:
+    with pytest.raises(InputError, match="has no task ' NQ': its name is 'NQ'"):
+        replace(LINQ, default_task=None).prompt("query", " NQ")
     with pytest.raises(InputError, match="has no task 'nq': its name is 'NQ'"):
         LINQ.prompt("query", "nq")
 

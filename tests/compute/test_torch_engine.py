@@ -1,5 +1,7 @@
 """The torch engine: what must not change a vector, and what it does when it cannot go on."""
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,10 +17,11 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.tensors import RawTensor, StoredTensor
 from lowmem.artifact.variants import VARIANTS
 from lowmem.artifact.weights import Checkpoint
+from lowmem.compute import engine as engine_module
 from lowmem.compute.engine import Runner, shortest_prefix, unit_length
 from lowmem.compute.plan import Plan
 from lowmem.compute.torch_engine import TorchEngine
-from lowmem.errors import BackendError
+from lowmem.errors import BackendError, BundleError
 from lowmem.text.batching import EncodedText, arrange, pack
 from tests.models import CONTRACT, LAYERS
 from tests.runners import Vectors, cosine_distances, encoded, runner
@@ -310,3 +313,50 @@ def test_threads_that_share_an_engine_get_their_own_vectors(bundle: Bundle, sche
         ]
     for half, found in rounds:
         assert cosine_distances(found.result(), expected[half]).max() < INVARIANCE
+
+
+def test_autocast_changes_no_vector_of_this_pass_or_a_later_one(bundle: Bundle) -> None:
+    model = runner(bundle)
+    texts = encoded(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = model.embed(texts, normalize=True)
+    expected = runner(bundle).embed(texts, normalize=True)
+    assert np.array_equal(within, expected)
+    assert cosine_distances(model.embed(texts, normalize=True), expected).max() < INVARIANCE
+
+
+def test_products_that_become_coarser_later_are_refused(bundle: Bundle) -> None:
+    model = runner(bundle)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(BackendError, match="must be float32"):
+            model.embed(encoded(model), normalize=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_forked_process_is_told_how_to_start_instead_of_hanging(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = runner(bundle)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(BackendError, match=r"do not survive a fork: .*\"spawn\""):
+        model.embed(encoded(model), normalize=True)
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_files_that_change_while_an_engine_opens_them_are_an_error(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    opens = engine_module._open_engine
+
+    def slowly(*arguments: Any) -> Any:
+        opened = opens(*arguments)
+        (weights,) = (copy / "fp16").glob("*.safetensors")
+        os.utime(weights, ns=(0, 1))
+        return opened
+
+    monkeypatch.setattr(engine_module, "_open_engine", slowly)
+    with pytest.raises(BundleError, match="fp16 changed while it was opened"):
+        Runner(Bundle(copy), Plan("fp16", engine, "cpu", "fp32", "resident"))

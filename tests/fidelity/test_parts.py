@@ -105,12 +105,13 @@ def test_another_plan_or_other_code_meets_no_part(monkeypatch: pytest.MonkeyPatc
     assert edited.ran != []
 
 
+@pytest.mark.parametrize("left", [-40, 0])
 def test_a_damaged_part_is_made_anew_and_said(
-    cache_directory, caplog: pytest.LogCaptureFixture
+    cache_directory, caplog: pytest.LogCaptureFixture, left: int
 ) -> None:
     embed(Runner())
     file = next((cache_directory / "parts").rglob("0.npz"))
-    file.write_bytes(file.read_bytes()[:-40])
+    file.write_bytes(file.read_bytes()[:left])
     again = Runner()
     vectors, _ = embed(again)
     assert again.ran == [["9"]]

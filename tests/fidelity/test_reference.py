@@ -143,6 +143,22 @@ def test_own_texts_are_computed_once_by_each_version(bundle, computed, monkeypat
     assert len(computed) == 3
 
 
+def test_own_texts_whose_cache_is_damaged_are_computed_again(bundle, computed, cache_directory):
+    def own():
+        return reference.of_own_texts(bundle, "mine.txt", ROWS, 1, Parts())
+
+    own()
+    (about,) = cache_directory.glob("reference-*.json")
+    about.write_text(json.dumps({"sha256": json.loads(about.read_text())["sha256"]}))
+    own()
+    assert len(computed) == 2
+    (vectors,) = (cache_directory / "references").glob("*.npy")
+    vectors.unlink()
+    vectors.mkdir()
+    assert own().vectors.tolist() == zeros(len(ROWS)).tolist()
+    assert len(computed) == 3
+
+
 @pytest.mark.parametrize("texts", [[], {}, {"tokens": 5, "truncated": 0}, {"tokens": ["a"]}])
 def test_a_reference_that_says_nothing_of_its_texts_is_made_again(bundle, computed, texts):
     reference.write(bundle, made("quick"))

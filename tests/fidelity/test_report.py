@@ -144,7 +144,7 @@ class ExactEngines(Engines):
         if plan.variant in self._fails:
             raise self._fails[plan.variant]
         self.ran.append(plan.variant)
-        known = reference.stored(Bundle(bundle))
+        known = reference.stored(bundle)
         by_id = {row.id: vector for row, vector in zip(known.rows, known.vectors, strict=True)}
         np.save(vectors, np.stack([by_id[row.id] for row in rows]))
         return Record(len(rows), 10 * len(rows), 0.0, [1.0])

@@ -1,6 +1,8 @@
 """The command line as a user meets it, on a tiny bundle."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -259,6 +261,21 @@ def test_bad_input_gets_one_line_and_status_1(
     assert message in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "v.npy").exists()
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("lowmem.cli.info.Bundle", full)
+    done = lowmem("info", "somewhere", status=1)
+    assert done.stderr == ("lowmem: error: [Errno 28] No space left on device: 'somewhere'\n")
+
+
+def test_without_a_stderr_a_command_does_its_work(cli_bundle):
+    command = f"{sys.executable} -m lowmem info {cli_bundle} --json 2>&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["variants"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_every_text_has_the_vector_of_transformers(
     tolerance: float,
 ) -> None:
     plan = Plan("fp16", engine, "cpu", "fp32", "resident", threads=2)
-    measure(bundle.path, plan, rows, vectors=tmp_path / "ours.npy", warm_up=False)
+    measure(bundle, plan, rows, vectors=tmp_path / "ours.npy", warm_up=False)
     cosines = metrics.cosines(theirs, np.load(tmp_path / "ours.npy"))
     assert (1 - cosines).max() < tolerance
 

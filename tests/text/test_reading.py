@@ -242,6 +242,7 @@ def test_the_text_is_in_the_named_column(written: Written) -> None:
             "has a task and is a document, which has none: say",
         ),
         ('{"text": "a", "task": ""}', "is refused: task must be a text that is not empty, got ''"),
+        ('{"text": "a", "Task": "b"}', "has 'Task', which counts for nothing: call it 'task'"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_line(written: Written, line: str, message: str) -> None:
@@ -289,6 +290,10 @@ def test_other_line_separators_are_text_in_csv(written: Written, separator: str)
         ("text,n\na\nb,2\n", "line 2 of x.csv must have 2 fields, got 1"),
         ('text\n"a\nb"c\n', "line 2 of x.csv is not CSV: ',' expected after '\"'"),
         ('text\nok\n"a\nb\n', "line 3 of x.csv is not CSV: unexpected end of data"),
+        (
+            "text, input_type, task\na, query, b\n",
+            "x.csv has ' input_type', which counts for nothing: call it 'input_type'",
+        ),
         (b"text\na\n\xff\n", "line 3 of x.csv is not UTF-8, at byte 7 of the file"),
     ],
 )

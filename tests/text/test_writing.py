@@ -31,9 +31,9 @@ OUTPUTS = ["out.npy", "out.jsonl", "out.parquet"]
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_that_can_be_written_passes(tmp_path: Path, name: str) -> None:
-    check_output(tmp_path / name, source=tmp_path / "none.txt")
+    check_output(tmp_path / name, others=[tmp_path / "none.txt"])
     (tmp_path / name).touch()
-    check_output(tmp_path / name, source=tmp_path / "none.txt")
+    check_output(tmp_path / name, others=[tmp_path / "none.txt"])
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -83,7 +83,7 @@ def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
     link.symlink_to(source)
     for output in (source, link):
         with pytest.raises(InputError, match="the command names it twice"):
-            check_output(output, source=source)
+            check_output(output, others=[source])
 
 
 def read_vectors(path: Path) -> tuple[list[str] | None, NDArray[np.float32]]:
