@@ -130,12 +130,13 @@ def read_report(
         return None
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    report = strict_json.read_object(path)
+    remedy = "remove it, or let lowmem report write it anew"
+    try:
+        report = strict_json.read_object(path)
+    except BundleError as error:
+        raise BundleError(f"{error}: {remedy}") from error
     if problems := [*_binding_problems(report), *_figure_problems(report)]:
-        raise BundleError(
-            f"{path} is no fidelity report: {'; '.join(problems)}; remove it, or let lowmem report "
-            "write it anew"
-        )
+        raise BundleError(f"{path} is no fidelity report: {'; '.join(problems)}; {remedy}")
     is_bound = (
         report["plan"] == plan
         and report["artifact_sha256"] == artifact_sha256
