@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from export.sources.stated import POOLING, PROMPTS, pooling_modes
+from export.sources.stated import object_if_there, pooling_modes
 from lowmem.artifact import strict_json
 from lowmem.artifact.models import known_models
+from lowmem.artifact.stock_files import POOLING, PROMPTS
 
 _MISTRAL = ("e5-mistral", "linq", "sfr", "sfr-2")
 _NV_EMBED = ("nv-embed-v1", "nv-embed-v2")
@@ -60,16 +60,16 @@ def _by_files(path: Path) -> tuple[str, ...]:
         return ()
     if "modeling_gritlm7b." in json.dumps(config.get("auto_map")):
         return ("gritlm",)
-    pooling = _object(path / POOLING)
+    pooling = object_if_there(path / POOLING)
     if pooling and pooling_modes(pooling) != ("lasttoken",):
         return ()
     contract = known_models()["e5-mistral"].contract
     e5_prompts = {name: contract.prompt("query", name) for name in _E5_PROMPTS}
-    return ("e5-mistral",) if _object(path / PROMPTS).get("prompts") == e5_prompts else _MISTRAL
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return strict_json.read_object(path) if path.is_file() else {}
+    return (
+        ("e5-mistral",)
+        if object_if_there(path / PROMPTS).get("prompts") == e5_prompts
+        else _MISTRAL
+    )
 
 
 def _downloaded_commit(path: Path) -> str | None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 from tokenizers import Tokenizer
 
-from export.sources.stated import POOLING, PROMPTS, Stated
+from export.sources.stated import Stated
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.stock_files import (
+    POOLING,
+    PROMPTS,
     TOKENIZER,
     TOKENIZER_CONFIG,
     settled_prompts,
@@ -31,28 +34,19 @@ def disagreements(
         tokenizer_files: The source's; ``tokenizer.json`` among them has been found valid.
         contract: What is exported.
     """
-    if problem := tokenizer_disagreement(tokenizer_files, contract):
+    if problem := _tokenizer(tokenizer_files, contract):
         yield f"{problem}; the bundle follows its contract, and so do the tokenizers in it"
     if _splits_special_tokens(tokenizer_files):
         yield (
             f"{TOKENIZER_CONFIG} splits special tokens that stand in texts; in the bundle they are "
             "the tokens that they name"
         )
-    for problem in (
-        pooling_disagreement(stated, contract),
-        *_prompt_disagreements(stated, contract),
-    ):
-        if problem is not None:
-            yield f"{problem}; the bundle follows its contract"
+    for problem in chain(_poolings(stated, contract), _prompts(stated, contract)):
+        yield f"{problem}; the bundle follows its contract"
 
 
-def tokenizer_disagreement(tokenizer_files: Mapping[str, bytes], contract: Contract) -> str | None:
-    """What ``tokenizer.json`` loses or adds at the ends of a text, or None where it agrees.
-
-    Args:
-        tokenizer_files: The source's; ``tokenizer.json`` among them has been found valid.
-        contract: What ought to stand there.
-    """
+def _tokenizer(tokenizer_files: Mapping[str, bytes], contract: Contract) -> str | None:
+    """What ``tokenizer.json`` loses or adds at the ends of a text, or None where it agrees."""
     pieces = Tokenizer.from_str(tokenizer_files[TOKENIZER].decode())
     pieces.no_truncation()
     pieces.no_padding()
@@ -70,27 +64,22 @@ def tokenizer_disagreement(tokenizer_files: Mapping[str, bytes], contract: Contr
     return f"{TOKENIZER} " + (" and ".join(problems) or "adds tokens that the contract has not")
 
 
-def pooling_disagreement(stated: Stated, contract: Contract) -> str | None:
-    """What a source's ``1_Pooling/config.json`` pools, or None where it agrees or is not there.
-
-    Args:
-        stated: The source's files.
-        contract: What it ought to pool by; the mean behind latent attention is one.
-    """
+def _poolings(stated: Stated, contract: Contract) -> Iterator[str]:
+    """What a source's ``1_Pooling/config.json`` pools otherwise, if it is there."""
     modes = stated.pooling_modes
+    # The mean behind latent attention is one.
     pooling = "mean" if contract.pooling == "latent_attention" else contract.pooling
-    if modes not in ((), (pooling,)):
-        return f"{POOLING} pools by {', '.join(modes)}, and the contract by {contract.pooling}"
     has_prompts = contract.query_template != "{text}" or contract.document_template != "{text}"
-    if modes and contract.pooling == "mean" and stated.pools_prompts and has_prompts:
-        return (
+    if modes not in ((), (pooling,)):
+        yield f"{POOLING} pools by {', '.join(modes)}, and the contract by {contract.pooling}"
+    elif modes and contract.pooling == "mean" and stated.pools_prompts and has_prompts:
+        yield (
             f"{POOLING} takes the mean over prompt and text (include_prompt), and a contract can "
             "only leave the prompt out"
         )
-    return None
 
 
-def _prompt_disagreements(stated: Stated, contract: Contract) -> Iterator[str]:
+def _prompts(stated: Stated, contract: Contract) -> Iterator[str]:
     """Prompts of queries and documents that the source names, and the contract has otherwise."""
     for name, prompt in settled_prompts(contract).items():
         said = stated.prompts.get(name)

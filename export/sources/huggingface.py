@@ -12,6 +12,7 @@ from pathlib import Path
 from export.sources.stated import Stated, refuse_other_vectors
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import NORMS, ModelConfig
+from lowmem.artifact.stock_files import read_bytes
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, RawTensor
 from lowmem.artifact.weights import (
     EMBEDDING,
@@ -21,7 +22,7 @@ from lowmem.artifact.weights import (
     module_shapes,
 )
 from lowmem.disk import shown_name
-from lowmem.errors import BundleError, InputError
+from lowmem.errors import InputError
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
@@ -96,7 +97,7 @@ class HuggingFaceDirectory:
         Raises:
             BundleError: A file cannot be read.
         """
-        return {path.name: _read(path) for path in self._existing(*TOKENIZER_FILES)}
+        return {path.name: read_bytes(path) for path in self._existing(*TOKENIZER_FILES)}
 
     def files(self) -> list[Path]:
         """Configuration, weights, tokenizer and model card, sorted by path."""
@@ -163,10 +164,3 @@ def _field(front_matter: str, key: str) -> str | None:
     items = re.split(r"\r?\n[ \t]*-[ \t]", found[1].rstrip())
     scalars = [re.sub(r"\s#.*$", "", item).strip().strip("\"'") for item in items]
     return ", ".join(scalar for scalar in scalars if scalar) or None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error

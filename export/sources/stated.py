@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.artifact import strict_json
-from lowmem.artifact.stock_files import UNEQUAL_MEAN
+from lowmem.artifact.stock_files import (
+    MODULES,
+    POOLING,
+    PROMPTS,
+    SETTINGS,
+    UNEQUAL_MEAN,
+    read_bytes,
+)
 from lowmem.errors import BundleError, InputError
 
-MODULES = "modules.json"
-POOLING = "1_Pooling/config.json"
-PROMPTS = "config_sentence_transformers.json"
-SETTINGS = "sentence_bert_config.json"
 ADAPTER = "adapter_config.json"
 _COMPUTED = ("Transformer", "Pooling", "Normalize")
 
@@ -46,8 +49,8 @@ class Stated:
         Raises:
             BundleError: A file is damaged.
         """
-        pooling = _object(directory / POOLING)
-        prompts = _object(directory / PROMPTS).get("prompts")
+        pooling = object_if_there(directory / POOLING)
+        prompts = object_if_there(directory / PROMPTS).get("prompts")
         return cls(
             pooling_modes(pooling),
             # Its default where there is a pooling.
@@ -66,7 +69,7 @@ def refuse_other_vectors(directory: Path) -> None:
         BundleError: A module or a change of the text is not computed, or a file is damaged.
     """
     refuse_adapter((path.name for path in directory.iterdir()), str(directory))
-    if _object(directory / SETTINGS).get("do_lower_case"):
+    if object_if_there(directory / SETTINGS).get("do_lower_case"):
         raise BundleError(
             f"texts are lower-cased before this model, which is not computed ({SETTINGS} in "
             f"{directory})"
@@ -74,7 +77,7 @@ def refuse_other_vectors(directory: Path) -> None:
     path = directory / MODULES
     if not path.is_file():
         return
-    modules = strict_json.loads(_read(path), str(path))
+    modules = strict_json.loads(read_bytes(path), str(path))
     if not isinstance(modules, list):
         raise BundleError(f"{path} must hold an array, got {strict_json.type_name(modules)}")
     named = [module.get("type") if isinstance(module, dict) else None for module in modules]
@@ -120,12 +123,10 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(flag[1] for flag in flags if flag and config[flag[0]] is True)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def object_if_there(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty where there is no file.
+
+    Raises:
+        BundleError: It is damaged.
+    """
     return strict_json.read_object(path) if path.is_file() else {}
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error

@@ -166,8 +166,8 @@ def parse_config(value: dict[str, Any], place: str) -> ModelConfig:
     else:
         model_type = _body_type(written, place)
     # Before transformers 5 stock code reads no is_causal, and would compute causal attention.
-    has_stock_type = written in ARCHITECTURES
-    is_stock = has_stock_type and value.get("is_causal") is not False
+    is_stock = written in ARCHITECTURES and value.get("is_causal") is not False
+    is_ours = written in _BIDIRECTIONAL.values()
     _check_architectures(value, written, problems)
 
     numbers: dict[str, int] = {}
@@ -198,9 +198,8 @@ def parse_config(value: dict[str, Any], place: str) -> ModelConfig:
     eps = _number(value, "rms_norm_eps", problems)
     theta = _rope_theta(value, problems)
     latents = None
-    if written == _NVEMBED or (not has_stock_type and stored_latents is not None):
+    if written == _NVEMBED or (is_ours and stored_latents is not None):
         latents = parse_latent_attention(stored_latents, numbers["hidden_size"], problems)
-    is_ours = not has_stock_type and written != _NVEMBED
     read = {*_READ, LATENT_ATTENTION} if is_ours else _READ
     refuse_other_maths(value, read, problems)
 

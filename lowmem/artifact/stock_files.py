@@ -35,16 +35,13 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _POOLING_FLAGS = {"lasttoken": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
-_PROMPTS = "config_sentence_transformers.json"
-_MODULES = "modules.json"
+MODULES = "modules.json"
+POOLING = "1_Pooling/config.json"
+SETTINGS = "sentence_bert_config.json"
+PROMPTS = "config_sentence_transformers.json"
 UNEQUAL_MEAN = "lowmem.MeanBehindPrompts"
 """The type of a pooling that sentence-transformers has not, and so refuses."""
-_SENTENCE_TRANSFORMERS = (
-    _MODULES,
-    "1_Pooling/config.json",
-    "sentence_bert_config.json",
-    _PROMPTS,
-)
+_SENTENCE_TRANSFORMERS = (MODULES, POOLING, SETTINGS, PROMPTS)
 
 
 def render(
@@ -100,7 +97,7 @@ def render(
     if contract.is_causal and _leaves_out_the_same(contract, pieces):
         files |= _sentence_transformers(config, contract)
     elif contract.is_causal:
-        files[_MODULES] = _json(_modules("sentence_transformers.models.Transformer", UNEQUAL_MEAN))
+        files[MODULES] = _json(_modules("sentence_transformers.models.Transformer", UNEQUAL_MEAN))
     return files
 
 
@@ -110,7 +107,7 @@ def lacks_query_prompt(files: Mapping[str, bytes]) -> bool:
     Args:
         files: What ``render`` gave.
     """
-    return _PROMPTS in files and "query" not in _object(files[_PROMPTS], _PROMPTS)["prompts"]
+    return PROMPTS in files and "query" not in _object(files[PROMPTS], PROMPTS)["prompts"]
 
 
 def check(directory: Path, config: ModelConfig, contract: Contract) -> None:
@@ -124,7 +121,7 @@ def check(directory: Path, config: ModelConfig, contract: Contract) -> None:
     Raises:
         BundleError: A file is missing, damaged, or disagrees; every difference is listed.
     """
-    found = {name: _read(directory / name) for name in (TOKENIZER, TOKENIZER_CONFIG)}
+    found = {name: read_bytes(directory / name) for name in (TOKENIZER, TOKENIZER_CONFIG)}
     try:
         expected = render(config, contract, found)
     except (InputError, BundleError) as error:
@@ -199,9 +196,9 @@ def _sentence_transformers(config: ModelConfig, contract: Contract) -> dict[str,
         kinds.append("Normalize")
     prompts = settled_prompts(contract)
     return {
-        _MODULES: _json(_modules(*(f"sentence_transformers.models.{kind}" for kind in kinds))),
+        MODULES: _json(_modules(*(f"sentence_transformers.models.{kind}" for kind in kinds))),
         # Not sorted: older releases of vLLM take the first key that is true for the pooling mode.
-        "1_Pooling/config.json": _json(
+        POOLING: _json(
             {
                 "word_embedding_dimension": config.hidden_size,
                 # Older releases pool by the mean unless told that they do not.
@@ -221,10 +218,8 @@ def _sentence_transformers(config: ModelConfig, contract: Contract) -> dict[str,
             },
             sort_keys=False,
         ),
-        "sentence_bert_config.json": _json(
-            {"max_seq_length": contract.max_seq_length, "do_lower_case": False}
-        ),
-        _PROMPTS: _json(
+        SETTINGS: _json({"max_seq_length": contract.max_seq_length, "do_lower_case": False}),
+        PROMPTS: _json(
             {
                 "prompts": prompts,
                 # As in ``Embedder.encode``: a text without a prompt is a document.
@@ -360,7 +355,7 @@ def _differences(name: str, expected: Any, directory: Path) -> Iterator[str]:
     if not path.exists():
         yield f"{name} is missing"
         return
-    found = strict_json.loads(_read(path), str(path))
+    found = strict_json.loads(read_bytes(path), str(path))
     if not isinstance(expected, dict) or not isinstance(found, dict):
         if found != expected:
             yield f"{name} must be {_short(expected)}, got {_short(found)}"
@@ -395,7 +390,12 @@ def _object(data: bytes, place: str) -> dict[str, Any]:
     return value
 
 
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """A small file.
+
+    Raises:
+        BundleError: It cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:

@@ -65,15 +65,12 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # where it is not UTF-8
     try:
         app()
-    except LowmemError as error:
-        text = " ".join(str(error).split())
-        sys.stderr.write(f"lowmem: error: {text}\n")
-        raise SystemExit(1) from None
     except BrokenPipeError:
         # Whoever reads our output has gone; Python would complain again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except OSError as error:
-        # A full disk or a right that is missing, where no layer below has words for it.
-        sys.stderr.write(f"lowmem: error: {error}\n")
+    except (LowmemError, OSError) as error:
+        # The system's words are for a full disk or a missing right that no layer below has put so.
+        text = " ".join(str(error).split())
+        sys.stderr.write(f"lowmem: error: {text}\n")
         raise SystemExit(1) from None

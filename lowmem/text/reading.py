@@ -11,7 +11,7 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def read_rows(
     rows = []
     problems = _Problems(path)
     try:
-        for line, fields in read(path, column, problems):
+        for line, fields in read(path, column, _INSTRUCTION_KEYS, problems):
             try:
                 rows.append(_row(line, fields, column, input_type, task))
             except ValueError as error:
@@ -95,7 +95,7 @@ def read_records(path: Path, column: str) -> list[tuple[int, Mapping[str, Any]]]
     read = readers[known_suffix(path, "a file of records", readers)]
     problems = _Problems(path)
     try:
-        records = list(read(path, column, problems))
+        records = list(read(path, column, (), problems))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {reason_of(error)}") from error
     if problems.count:
@@ -136,8 +136,6 @@ def _row(
         raise ValueError(_EMPTY)
     if not isinstance(text, str):
         raise ValueError(f"must have a string in {column!r}, got {_short(text)}")
-    if wrong := _misspelt(fields, column):
-        raise ValueError(wrong)
     own = {key: fields[key] for key in _OWN_KEYS if key != column and fields.get(key) is not None}
     row_id = own.get("id", line)
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
@@ -156,11 +154,11 @@ def _row(
     )
 
 
-def _misspelt(names: Iterable[str], column: str) -> str | None:
-    """Names a key that would decide vectors if it had no blanks or capitals, if there is one."""
+def _misspelt(names: Iterable[str], column: str, own: Collection[str]) -> str | None:
+    """Names a key that is one of ``own`` but for blanks or capitals, if there is one."""
     for name in names:
         plain = name.strip().casefold()
-        if plain in _INSTRUCTION_KEYS and name not in (plain, column):
+        if plain in own and name not in (plain, column):
             return f"has {_short(name)}, which counts for nothing: call it {plain!r}"
     return None
 
@@ -205,12 +203,12 @@ def _without_end(line: str) -> str:
 _Fields = Iterator[tuple[int, Mapping[str, Any]]]
 
 
-def _read_txt(path: Path, column: str, problems: _Problems) -> _Fields:
+def _read_txt(path: Path, column: str, own: Collection[str], problems: _Problems) -> _Fields:
     for number, line in _lines(path, problems):
         yield number, {column: _without_end(line)}
 
 
-def _read_jsonl(path: Path, column: str, problems: _Problems) -> _Fields:
+def _read_jsonl(path: Path, column: str, own: Collection[str], problems: _Problems) -> _Fields:
     for number, line in _lines(path, problems):
         if not line.strip():
             problems.add(number, "is empty: every line must hold a JSON object")
@@ -222,19 +220,21 @@ def _read_jsonl(path: Path, column: str, problems: _Problems) -> _Fields:
         except ValueError as error:
             problems.add(number, str(error))
         else:
-            if isinstance(value, dict):
-                yield number, value
-            else:
+            if not isinstance(value, dict):
                 problems.add(number, f"must hold an object, got {strict_json.type_name(value)}")
+            elif wrong := _misspelt(value, column, own):
+                problems.add(number, wrong)
+            else:
+                yield number, value
 
 
-def _read_csv(path: Path, column: str, problems: _Problems) -> _Fields:
+def _read_csv(path: Path, column: str, own: Collection[str], problems: _Problems) -> _Fields:
     records = csv.reader((line for _, line in _lines(path, problems, spanned=True)), strict=True)
     start = 1
     with _any_field_size():
         try:
             header = next(records, [])
-            _check_columns(path, header, column)
+            _check_columns(path, header, column, own)
             start = records.line_num + 1
             for cells in records:
                 if not cells:
@@ -260,12 +260,12 @@ def _any_field_size() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_parquet(path: Path, column: str, problems: _Problems) -> _Fields:
+def _read_parquet(path: Path, column: str, own: Collection[str], problems: _Problems) -> _Fields:
     pyarrow = load_pyarrow("reading")
     try:
         with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            _check_columns(path, names, column)
+            _check_columns(path, names, column, own)
             wanted = [name for name in names if name in (column, *_OWN_KEYS)]
             batches = (batch.to_pylist() for batch in table.iter_batches(columns=wanted))
             yield from enumerate(itertools.chain.from_iterable(batches), 1)
@@ -275,12 +275,12 @@ def _read_parquet(path: Path, column: str, problems: _Problems) -> _Fields:
         raise InputError(f"{path} cannot be read as Parquet: {reason_of(error)}") from error
 
 
-def _check_columns(path: Path, names: Sequence[str], column: str) -> None:
+def _check_columns(path: Path, names: Sequence[str], column: str, own: Collection[str]) -> None:
     if column not in names:
         raise InputError(f"{path} {_no_column(column, names)}")
     if repeated := [name for name in (column, *_OWN_KEYS) if names.count(name) > 1]:
         raise InputError(f"{path} must have each column once, got several {repeated[0]!r}")
-    if wrong := _misspelt(names, column):
+    if wrong := _misspelt(names, column, own):
         raise InputError(f"{path} {wrong}")
 
 
@@ -295,7 +295,7 @@ def _short(value: object) -> str:
     return f"{value!r:.60}"
 
 
-_READERS: dict[str, Callable[[Path, str, _Problems], _Fields]] = {
+_READERS: dict[str, Callable[[Path, str, Collection[str], _Problems], _Fields]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,

@@ -181,6 +181,11 @@ def test_a_language_must_be_a_name(written: Written) -> None:
     assert problem(path) == "line 1 of x.jsonl must have a string as lang, got 5"
 
 
+def test_records_may_have_columns_of_any_name(written: Written) -> None:
+    path = written("x.csv", "score,Task\n1,b\n")
+    assert read_records(path, "score") == [(2, {"score": "1", "Task": "b"})]
+
+
 def test_records_are_read_as_they_are(written: Written) -> None:
     path = written("x.jsonl", '{"a": 1}\n{"b": null}\n')
     assert read_records(path, "a") == [(1, {"a": 1}), (2, {"b": None})]
