@@ -208,18 +208,23 @@ def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     return _keeping_layers(fitted, subject, hardware) if plan.schedule == "streamed" else fitted
 
 
-def _predicted(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
-    """A plan with its memory, dropped if that is more than there is."""
-    formats = subject.formats[plan.variant]
+def with_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
+    """A plan with the memory that is predicted for it on a machine."""
     host, device = memory.predict(
         plan,
         subject.config,
         subject.dtype,
-        formats,
+        subject.formats[plan.variant],
         has_vnni=hardware.has_vnni,
         has_triton=has_triton(hardware),
     )
-    plan = plan.with_(host_bytes=host, device_bytes=device)
+    return plan.with_(host_bytes=host, device_bytes=device)
+
+
+def _predicted(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
+    """A plan with its memory, dropped if that is more than there is."""
+    plan = with_memory(plan, subject, hardware)
+    host, device = plan.host_bytes, plan.device_bytes
     if host > hardware.host_free_bytes:
         return plan.with_(
             dropped=f"needs {_gib(host)} of memory, {_gib(hardware.host_free_bytes)} are free"
@@ -244,14 +249,11 @@ def _keeping_layers(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     layer = memory.largest_layer_bytes(config, formats)
     kept = min(int(_KEPT_SHARE * free) // layer, config.num_hidden_layers - 1)
     kept = max(0, kept)
-    plan = plan.with_(kept_layers=kept)
-    host, device = memory.predict(
-        plan, config, subject.dtype, formats, has_triton=has_triton(hardware)
-    )
+    plan = with_memory(plan.with_(kept_layers=kept), subject, hardware)
     # Of layers that would not all stay in the page cache until their next turn, none would.
-    cache = hardware.host_free_bytes - host - (0 if on_gpu else kept * layer)
+    cache = hardware.host_free_bytes - plan.host_bytes - (0 if on_gpu else kept * layer)
     drops_cache = (config.num_hidden_layers - kept) * layer > cache
-    return plan.with_(host_bytes=host, device_bytes=device, drops_cache=drops_cache)
+    return plan.with_(drops_cache=drops_cache)
 
 
 def _cannot_run(plan: Plan, subject: Subject, hardware: Hardware) -> str | None:

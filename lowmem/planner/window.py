@@ -17,8 +17,7 @@ from pathlib import Path
 from lowmem.compute.plan import Plan
 from lowmem.hardware import Hardware
 from lowmem.planner import memory
-from lowmem.planner.candidates import Subject
-from lowmem.planner.device_memory import has_triton
+from lowmem.planner.candidates import Subject, with_memory
 
 # A disk or a bus is not always as fast as it was while it was measured.
 MARGIN = 1.5
@@ -112,9 +111,4 @@ def read_bandwidth(path: Path) -> float:
 
 def _predicted(plan: Plan, batches: int, subject: Subject, machine: Hardware) -> Plan:
     """The plan with a window of so many batches, and its memory."""
-    plan = plan.with_(window_tokens=batches * plan.batch_tokens)
-    formats = subject.formats[plan.variant]
-    host, device = memory.predict(
-        plan, subject.config, subject.dtype, formats, has_triton=has_triton(machine)
-    )
-    return plan.with_(host_bytes=host, device_bytes=device)
+    return with_memory(plan.with_(window_tokens=batches * plan.batch_tokens), subject, machine)
