@@ -24,7 +24,7 @@ from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
-from lowmem.measure import MemoryPeak
+from lowmem.hardware.peak import MemoryPeak
 from lowmem.text.tokenizer import Tokenizer
 
 PEER = "sentence-transformers"

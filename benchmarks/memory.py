@@ -21,7 +21,7 @@ from record import head, write
 
 from lowmem import hardware
 from lowmem.artifact.manifest import Bundle
-from lowmem.measure import MemoryPeak
+from lowmem.hardware.peak import MemoryPeak
 from lowmem.planner.candidates import Subject, Wishes, candidates
 
 TEXTS = ["The reef lies off the coast.", "Yeast ferments sugar. " * 170] * 4

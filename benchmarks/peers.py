@@ -201,7 +201,7 @@ def main() -> None:
                 "versions": {**package_versions(), **versions},
                 "model": bundle.manifest.source["name"],
                 "artifact_sha256": {
-                    plan.variant: bundle.manifest.artifact_sha256(plan.variant)
+                    plan.variant: bundle.artifact_sha256(plan.variant)
                     for plan in (fp32, *plans.values())
                 },
                 "fp32": fp32.id,

@@ -292,11 +292,13 @@ def record(site: Site, measured: Mapping[str, Any]) -> dict[str, Any]:
             products = np.load(site.vectors(name)).astype(np.float64) * reference_vectors
             cosines = products.sum(axis=1)
             steps[name] = step | {"cosine": {"mean": cosines.mean(), "min": cosines.min()}}
-    manifest = Bundle(site.bundle).manifest
+    bundle = Bundle(site.bundle)
     return {
         **measured,
         "shape": site.shape,
-        "artifact_sha256": {name: manifest.artifact_sha256(name) for name in manifest.variants},
+        "artifact_sha256": {
+            name: bundle.artifact_sha256(name) for name in bundle.manifest.variants
+        },
         "texts_sha256": data.sha256(texts()),
         "steps": steps,
         "broken": broken(steps),

@@ -21,6 +21,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.plan import Plan
 from lowmem.measure import measure
+from lowmem.planner.memory import stored_bytes
 
 BATCH_TOKENS = 4096
 PASSES = 2
@@ -46,7 +47,7 @@ def compare(bundle: Path) -> dict[str, Any]:
     return {
         "resident": resident,
         "streamed": streamed,
-        "streamed_bytes": checkpoint.linear_bytes(),
+        "streamed_bytes": stored_bytes(checkpoint.config, checkpoint.formats),
         "ratio": min(resident["seconds"]) / min(streamed["seconds"]),
     }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from export.sources.stated import object_if_there, pooling_modes
 from lowmem.artifact import strict_json
 from lowmem.artifact.models import known_models
-from lowmem.artifact.stock_files import POOLING, PROMPTS
+from lowmem.artifact.sentence_transformers_files import POOLING, PROMPTS
 
 _MISTRAL = ("e5-mistral", "linq", "sfr", "sfr-2")
 _NV_EMBED = ("nv-embed-v1", "nv-embed-v2")

@@ -14,14 +14,8 @@ from tokenizers import Tokenizer
 
 from export.sources.stated import Stated
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.stock_files import (
-    POOLING,
-    PROMPTS,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    settled_prompts,
-    tokenizer_settings,
-)
+from lowmem.artifact.sentence_transformers_files import POOLING, PROMPTS, settled_prompts
+from lowmem.artifact.stock_files import TOKENIZER, TOKENIZER_CONFIG, tokenizer_settings
 
 
 def disagreements(

@@ -31,7 +31,8 @@ from lowmem import data
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle, Manifest
-from lowmem.artifact.stock_files import TOKENIZER, lacks_query_prompt
+from lowmem.artifact.sentence_transformers_files import lacks_query_prompt
+from lowmem.artifact.stock_files import TOKENIZER
 from lowmem.artifact.stock_files import render as render_stock_files
 from lowmem.artifact.variants import budget_of, check_variants, formats_for, recipe_for
 from lowmem.artifact.weights import EMBEDDING, Checkpoint

@@ -13,9 +13,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import BackendError, BundleError, LowmemError
+from lowmem.hardware.peak import MemoryPeak
 
 PACKAGES = (
     "lowmem",
@@ -41,7 +41,6 @@ PACKAGES = (
     "triton",
 )
 _ROW_KEYS = tuple(one.name for one in fields(Row))  # a row of a file knows its line besides
-_SAMPLE_SECONDS = 0.005
 _CHILD = "from lowmem.measure import run_child; run_child()"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -128,10 +127,9 @@ def measure(
     Raises:
         LowmemError: What the child raised; a crash, a kill or a time-out is a BackendError.
     """
-    bundle.variant(plan.variant)  # or there is none
     job = {
         "bundle": str(bundle.path),
-        "artifact": bundle.manifest.artifact_sha256(plan.variant),
+        "artifact": bundle.artifact_sha256(plan.variant),
         "plan": asdict(plan),
         "rows": [{name: getattr(row, name) for name in _ROW_KEYS} for row in rows],
         "passes": [asdict(one) for one in passes or [Pass(tuple(range(len(rows))))] * repeats],
@@ -195,36 +193,6 @@ def _in_child(
     return result, peak.bytes
 
 
-class MemoryPeak:
-    """Samples RssAnon + RssShmem of a process and its children, as a context manager.
-
-    Mapped files are page cache and do not count.
-
-    Attributes:
-        bytes: The largest sum seen so far.
-    """
-
-    def __init__(self, pid: int) -> None:
-        """Takes a process id; sampling begins on entry."""
-        self.bytes = 0
-        self._pid = pid
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> MemoryPeak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._stop.wait(_SAMPLE_SECONDS):
-            total = sum(_anonymous_bytes(pid) for pid in _tree(self._pid))
-            self.bytes = max(self.bytes, total)
-
-
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide a vector or its speed, as far as installed."""
     # A tenth of the time that importing lowmem takes.
@@ -244,8 +212,7 @@ def _run_job(job: dict[str, Any]) -> Record:
     rows = [Row(**row) for row in job["rows"]]
     start = time.perf_counter()
     bundle = Bundle(Path(job["bundle"]))
-    bundle.variant(plan.variant)
-    if bundle.manifest.artifact_sha256(plan.variant) != job["artifact"]:
+    if bundle.artifact_sha256(plan.variant) != job["artifact"]:
         raise BundleError(f"{plan.variant} was exported anew meanwhile ({bundle.path})")
     runner = Runner(bundle, plan)
     load_seconds = time.perf_counter() - start
@@ -290,28 +257,6 @@ def _measure_product(job: dict[str, Any]) -> dict[str, Any]:
     config = Checkpoint(Bundle(Path(job["bundle"])).directory(plan.variant)).config
     rate = best_product(plan.device, plan.compute, config, plan.threads)
     return {"operations_per_second": rate}
-
-
-def _tree(pid: int) -> Iterator[int]:
-    yield pid
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                yield from _tree(int(child))
-    except OSError:  # the process has ended
-        return
-
-
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # the process has ended
-        return 0
-    kilobytes = 0
-    for line in status.splitlines():
-        if line.startswith(("RssAnon:", "RssShmem:")):
-            kilobytes += int(line.split()[1])
-    return kilobytes * 1024
 
 
 def _failure(name: str, status: int, problems: str) -> LowmemError:

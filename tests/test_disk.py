@@ -12,7 +12,7 @@ import pytest
 
 from lowmem.disk import check_room, mapped, shown_name
 from lowmem.errors import CapacityError
-from lowmem.measure import MemoryPeak
+from lowmem.hardware.peak import MemoryPeak
 
 
 def test_a_name_that_is_not_utf8_can_be_written_to_json() -> None:

@@ -23,7 +23,7 @@ from export.sources.stated import refuse_adapter, refuse_other_vectors
 from lowmem import hub
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import parse_config
-from lowmem.artifact.stock_files import MODULES, SETTINGS
+from lowmem.artifact.sentence_transformers_files import MODULES, SETTINGS
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, read_weight_map
 from lowmem.errors import BundleError, InputError
 from lowmem.hub import HubModel

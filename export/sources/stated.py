@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.artifact import strict_json
-from lowmem.artifact.stock_files import (
+from lowmem.artifact.sentence_transformers_files import (
     MODULES,
     POOLING,
     PROMPTS,
     SETTINGS,
     UNEQUAL_MEAN,
-    read_bytes,
 )
+from lowmem.artifact.stock_files import read_bytes
 from lowmem.errors import BundleError, InputError
 
 ADAPTER = "adapter_config.json"

@@ -99,15 +99,6 @@ class Manifest:
             "variants": {name: self.variants[name].to_json() for name in sorted(self.variants)},
         }
 
-    def artifact_sha256(self, variant: str) -> str:
-        """Identity of one variant with its contract: what a fidelity report is bound to."""
-        files = sorted(
-            (f"{variant}/{path}", entry.size, entry.sha256)
-            for path, entry in self.variants[variant].files.items()
-        )
-        content = {"files": files, "contract": self.contract.to_json()}
-        return hashlib.sha256(strict_json.canonical(content)).hexdigest()
-
 
 class Bundle:
     """An opened bundle.
@@ -145,6 +136,19 @@ class Bundle:
             there = ", ".join(sorted(self.manifest.variants))
             raise InputError(f"the bundle has no variant {name!r}; it has {there} ({self.path})")
         return found
+
+    def artifact_sha256(self, variant: str) -> str:
+        """Identity of one variant with its contract: what a fidelity report is bound to.
+
+        Raises:
+            InputError: The bundle has no such variant.
+        """
+        files = sorted(
+            (f"{variant}/{path}", entry.size, entry.sha256)
+            for path, entry in self.variant(variant).files.items()
+        )
+        content = {"files": files, "contract": self.contract.to_json()}
+        return hashlib.sha256(strict_json.canonical(content)).hexdigest()
 
     def directory(self, variant: str) -> Path:
         """Where a variant lies."""

@@ -2,13 +2,8 @@
 
 They repeat what the contract says, in other libraries' words, so they are rendered from the
 contract and never edited: whoever loads a variant elsewhere gets the same ids and the same
-pooling, or an error. A contract that stock code would compute as something else gets the tokenizer
-and an error besides: attention that is not causal a ``config.json`` that no stock loader takes, and
-a mean that would leave out more or fewer tokens than ours a ``modules.json`` with a pooling that
-sentence-transformers does not find (without one it makes up its own). One thing cannot be made an
-error: where a query needs a task and the contract has no default, sentence-transformers'
-``encode_query`` puts nothing before a query unless it is given the ``prompt_name`` of a task;
-export warns of it.
+pooling, or an error. Here are the tokenizer's; ``sentence_transformers_files`` has those that pool
+and prompt.
 
 The tokenizer's class is always ``PreTrainedTokenizerFast``, the one that takes ``tokenizer.json``
 as it stands; transformers 5 rebuilds the others, and its ``LlamaTokenizer`` gives other ids for a
@@ -26,7 +21,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from lowmem.artifact import strict_json
+from lowmem.artifact import sentence_transformers_files, strict_json
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.errors import BundleError, InputError
@@ -34,14 +29,6 @@ from lowmem.errors import BundleError, InputError
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
-_POOLING_FLAGS = {"lasttoken": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens"}
-MODULES = "modules.json"
-POOLING = "1_Pooling/config.json"
-SETTINGS = "sentence_bert_config.json"
-PROMPTS = "config_sentence_transformers.json"
-UNEQUAL_MEAN = "lowmem.MeanBehindPrompts"
-"""The type of a pooling that sentence-transformers has not, and so refuses."""
-_SENTENCE_TRANSFORMERS = (MODULES, POOLING, SETTINGS, PROMPTS)
 
 
 def render(
@@ -89,25 +76,12 @@ def render(
     if pre_tokenizer.get("type") == "ByteLevel":
         # Left out, transformers 4 sets it to false in the tokenizer that it loads.
         settings["add_prefix_space"] = pre_tokenizer.get("add_prefix_space", True)
-    files = {
+    return {
         # The order of its keys is kept, and no white space: a vocabulary is long.
         TOKENIZER: json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n",
-        TOKENIZER_CONFIG: _json(settings),
+        TOKENIZER_CONFIG: strict_json.dumps(settings).encode(),
+        **sentence_transformers_files.render(config, contract, pieces),
     }
-    if contract.is_causal and _leaves_out_the_same(contract, pieces):
-        files |= _sentence_transformers(config, contract)
-    elif contract.is_causal:
-        files[MODULES] = _json(_modules("sentence_transformers.models.Transformer", UNEQUAL_MEAN))
-    return files
-
-
-def lacks_query_prompt(files: Mapping[str, bytes]) -> bool:
-    """Whether sentence-transformers would embed a query as it stands, for want of a task.
-
-    Args:
-        files: What ``render`` gave.
-    """
-    return PROMPTS in files and "query" not in _object(files[PROMPTS], PROMPTS)["prompts"]
 
 
 def check(directory: Path, config: ModelConfig, contract: Contract) -> None:
@@ -134,7 +108,7 @@ def check(directory: Path, config: ModelConfig, contract: Contract) -> None:
     would = "take the mean over other tokens" if contract.is_causal else "compute causal attention"
     problems += [
         f"{name} must not be there: stock code would {would}"
-        for name in _SENTENCE_TRANSFORMERS
+        for name in sentence_transformers_files.FILES
         if name not in expected and (directory / name).exists()
     ]
     if config.is_stock and not contract.is_causal:
@@ -188,91 +162,6 @@ def _template(contract: Contract, bos: AddedToken | None, eos: AddedToken | None
 
 def _piece(kind: str, name: str, segment: int) -> dict[str, Any]:
     return {kind: {"id": name, "type_id": segment}}
-
-
-def _sentence_transformers(config: ModelConfig, contract: Contract) -> dict[str, bytes]:
-    kinds = ["Transformer", "Pooling"]
-    if contract.normalize_embeddings:
-        kinds.append("Normalize")
-    prompts = settled_prompts(contract)
-    return {
-        MODULES: _json(_modules(*(f"sentence_transformers.models.{kind}" for kind in kinds))),
-        # Not sorted: older releases of vLLM take the first key that is true for the pooling mode.
-        POOLING: _json(
-            {
-                "word_embedding_dimension": config.hidden_size,
-                # Older releases pool by the mean unless told that they do not.
-                **dict.fromkeys(
-                    (
-                        "pooling_mode_cls_token",
-                        "pooling_mode_mean_tokens",
-                        "pooling_mode_max_tokens",
-                        "pooling_mode_mean_sqrt_len_tokens",
-                        "pooling_mode_weightedmean_tokens",
-                        "pooling_mode_lasttoken",
-                    ),
-                    False,
-                ),
-                _POOLING_FLAGS[contract.pooling]: True,
-                "include_prompt": contract.pooling == "lasttoken",
-            },
-            sort_keys=False,
-        ),
-        SETTINGS: _json({"max_seq_length": contract.max_seq_length, "do_lower_case": False}),
-        PROMPTS: _json(
-            {
-                "prompts": prompts,
-                # As in ``Embedder.encode``: a text without a prompt is a document.
-                "default_prompt_name": "document" if prompts.get("document") else None,
-                "similarity_fn_name": "cosine",
-            }
-        ),
-    }
-
-
-def _modules(*kinds: str) -> list[dict[str, Any]]:
-    """What ``modules.json`` says of modules of these types, the first at the top."""
-    return [
-        {
-            "idx": index,
-            "name": str(index),
-            "path": f"{index}_{kind.rpartition('.')[2]}" if index else "",
-            "type": kind,
-        }
-        for index, kind in enumerate(kinds)
-    ]
-
-
-def settled_prompts(contract: Contract) -> dict[str, str]:
-    """Every prompt that the contract settles; a query without a task has none without a default."""
-    templates = {"document": contract.document_template, "query": contract.query_template}
-    prompts = {
-        input_type: contract.prompt(input_type)
-        for input_type, template in templates.items()
-        if contract.default_task is not None or "{task}" not in template
-    }
-    if contract.takes_tasks:
-        prompts |= {task: contract.prompt("query", task) for task in contract.tasks}
-    return prompts
-
-
-def _leaves_out_the_same(contract: Contract, pieces: Tokenizer) -> bool:
-    """Whether sentence-transformers' mean leaves out as many tokens as ours, for every prompt.
-
-    It leaves out what a prompt has when it is tokenized by itself. Ours leaves a space at its end
-    to the word behind it (``lowmem.text.tokenizer``). Older releases strip the prompt, and take its
-    last token for EOS, whatever it is.
-    """
-    prompts = [prompt for prompt in settled_prompts(contract).values() if prompt]
-    if contract.pooling != "mean" or not prompts:
-        return True
-
-    def count(text: str) -> int:
-        return len(pieces.encode(text, add_special_tokens=False).ids)
-
-    return contract.eos_token_id is not None and all(
-        count(prompt.rstrip(" ")) == count(prompt) == count(prompt.strip()) for prompt in prompts
-    )
 
 
 def _load(data: bytes, vocab_size: int) -> Tokenizer:
@@ -376,11 +265,6 @@ def _differences(name: str, expected: Any, directory: Path) -> Iterator[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _json(value: Any, *, sort_keys: bool = True) -> bytes:
-    text = strict_json.dumps(value) if sort_keys else json.dumps(value, indent=2) + "\n"
-    return text.encode()
 
 
 def _object(data: bytes, place: str) -> dict[str, Any]:

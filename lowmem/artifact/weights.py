@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import NORMS, ModelConfig, parse_config
-from lowmem.artifact.formats import Format, Plain, check_groups, linear_bytes, read_formats
+from lowmem.artifact.formats import Format, Plain, check_groups, read_formats
 from lowmem.artifact.tensors import (
     RawTensor,
     StoredTensor,
@@ -133,13 +133,6 @@ class Checkpoint:
         """All layers in order, each read when it is reached."""
         for index in range(self.config.num_hidden_layers):
             yield self.layer(index, read)
-
-    def linear_bytes(self) -> int:
-        """Stored bytes of all linears."""
-        return sum(
-            linear_bytes(self.formats[module], *shape)
-            for module, shape in module_shapes(self.config).items()
-        )
 
     def _check(self, embedding: StoredTensor) -> None:
         config, problems = self.config, []

@@ -120,7 +120,7 @@ def to_json(
         "machine": machine.to_json(),
         "versions": package_versions(),
         "model": bundle.manifest.source["name"],
-        "artifacts": {name: bundle.manifest.artifact_sha256(name) for name in subject.formats},
+        "artifacts": {name: bundle.artifact_sha256(name) for name in subject.formats},
         "texts": {"sha256": data.sha256(rows), "count": len(rows)},
         "ceilings": ceilings,
         "plans": [one.to_json() for one in measured],

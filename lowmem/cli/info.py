@@ -79,7 +79,7 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
                 "bits_per_weight": dict(variant.bits_per_weight),
                 "graphs": dict(variant.graphs),
                 "recipe": dict(variant.recipe),
-                "artifact_sha256": manifest.artifact_sha256(name),
+                "artifact_sha256": bundle.artifact_sha256(name),
             }
             for name, variant in sorted(manifest.variants.items())
         },
@@ -102,6 +102,6 @@ def _reports(bundle: Bundle) -> list[dict[str, Any]]:
             ) from error
         names = [name for name in bundle.manifest.variants if plan.startswith(f"{name}-")]
         variant = max(names, key=len, default=None)  # a plan of int4-5.5 begins as one of int4 does
-        current = variant is not None and bundle.manifest.artifact_sha256(variant) == artifact
+        current = variant is not None and bundle.artifact_sha256(variant) == artifact
         found.append({"plan": plan, "mean": mean, "current": current, "texts": texts})
     return found

@@ -158,7 +158,7 @@ def write(bundle: Bundle, reference: Reference) -> None:
             "tokens": list(reference.tokens),
             "truncated": reference.truncated,
         },
-        "artifact_sha256": bundle.manifest.artifact_sha256("fp16"),
+        "artifact_sha256": bundle.artifact_sha256("fp16"),
         "sha256": reference.sha256,
     }
     with cache.replacing(folder / f"{reference.name}.json") as file:
@@ -271,7 +271,7 @@ def _read(bundle: Bundle, name: str, path: Path) -> Reference:
         raise BundleError(
             f"reference vectors are of another version's {name} texts ({path}): export again"
         )
-    if _has_fp16(bundle) and about["artifact_sha256"] != bundle.manifest.artifact_sha256("fp16"):
+    if _has_fp16(bundle) and about["artifact_sha256"] != bundle.artifact_sha256("fp16"):
         raise BundleError(f"reference vectors are of another fp16 ({path}): export again")
     file = path.with_suffix(".npy")
     try:
@@ -306,7 +306,7 @@ def _reference(
 
 
 def _identity(bundle: Bundle, rows: Sequence[Row]) -> dict[str, Any]:
-    return {"artifact": bundle.manifest.artifact_sha256("fp16"), "texts": data.sha256(rows)}
+    return {"artifact": bundle.artifact_sha256("fp16"), "texts": data.sha256(rows)}
 
 
 def _has_fp16(bundle: Bundle) -> bool:

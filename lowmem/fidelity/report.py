@@ -26,7 +26,7 @@ from lowmem.artifact.verdict import Floor
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import InputError, LowmemError, reason_of
-from lowmem.fidelity import calibration, metrics, neighbours, outputs, retrieval, sts
+from lowmem.fidelity import calibration, metrics, neighbours, retrieval, smaller_vectors, sts
 from lowmem.fidelity.inputs import Inputs, Progress
 from lowmem.fidelity.invariance import invariance
 from lowmem.fidelity.neighbours import Neighbours
@@ -187,7 +187,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What decides a plan's vectors and its speed, besides versions and code."""
     return {
-        "artifact": bundle.manifest.artifact_sha256(plan.variant),
+        "artifact": bundle.artifact_sha256(plan.variant),
         "plan": plan.id,
         "threads": plan.threads,
         "batch_tokens": plan.batch_tokens,
@@ -218,7 +218,7 @@ def _compare(
         "format": FORMAT,
         "plan": plan.report_id,
         "licence": bundle.manifest.licence,
-        "artifact_sha256": bundle.manifest.artifact_sha256(plan.variant),
+        "artifact_sha256": bundle.artifact_sha256(plan.variant),
         "reference_sha256": reference.sha256,
         "reference_given": reference.given,
         "texts": {
@@ -245,7 +245,7 @@ def _compare(
         "worst": worst(cosines, rows, reference.tokens, before, now),
         "nonfinite": nonfinite,
         "norm_error": metrics.norm_error(vectors),
-        "outputs": outputs.costs(reference.vectors, before, vectors, NEIGHBOURS),
+        "outputs": smaller_vectors.costs(reference.vectors, before, vectors, NEIGHBOURS),
         "bytes": variant.stored_bytes,
         "bits_per_weight": dict(variant.bits_per_weight),
         "tokens_per_second": record.tokens_per_second,

@@ -215,7 +215,7 @@ def stored_report(plan: Plan, bundle: Bundle) -> dict[str, Any] | None:
     return verdict.read_report(
         bundle.path / "reports" / f"{plan.report_id}.json",
         plan=plan.report_id,
-        artifact_sha256=bundle.manifest.artifact_sha256(plan.variant),
+        artifact_sha256=bundle.artifact_sha256(plan.variant),
         texts_sha256=[data.sha256(data.load(name)) for name in BUILT_IN_TEXTS],
     )
 

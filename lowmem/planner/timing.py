@@ -150,7 +150,7 @@ def _read_bandwidth(plan: Plan, bundle: Bundle, timings: _Timings) -> float:
     files = bundle.directory(plan.variant).glob("*.safetensors")
     largest = max(files, key=lambda file: file.stat().st_size)
     # The same artifact may lie on several disks.
-    key = f"read-{largest.stat().st_dev}-{bundle.manifest.artifact_sha256(plan.variant)}"
+    key = f"read-{largest.stat().st_dev}-{bundle.artifact_sha256(plan.variant)}"
     known = timings.get(key)
     if known is None:
         known = window.read_bandwidth(largest)
@@ -167,7 +167,7 @@ def _key(plan: Plan, bundle: Bundle, rows: Sequence[Row], layers: int) -> str:
         # In eighths of the stack, so that a little more free memory does not mean a new timing.
         "kept": 8 * plan.kept_layers // layers,
         "drops_cache": plan.drops_cache,
-        "artifact": bundle.manifest.artifact_sha256(plan.variant),
+        "artifact": bundle.artifact_sha256(plan.variant),
         "texts": [row.id for row in rows],
         "versions": package_versions(),
     }

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaModel
 
 from lowmem.artifact.config import config_json
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.stock_files import check, lacks_query_prompt, render
+from lowmem.artifact.sentence_transformers_files import lacks_query_prompt
+from lowmem.artifact.stock_files import check, render
 from lowmem.errors import BundleError
 from tests.stock_directories import (
     CONFIG,

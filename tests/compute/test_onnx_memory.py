@@ -12,7 +12,7 @@ from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.plan import Plan
 from lowmem.hardware import probe
-from lowmem.planner.memory import ONNX_BASE_BYTES, predict
+from lowmem.planner.memory import ONNX_BASE_BYTES, predict, stored_bytes
 from tests.bidirectional import NVEMBED, put_own_config, tiny_nvembed
 from tests.models import CONTRACT, tiny_checkpoint
 from tests.variants import write_variant
@@ -71,7 +71,7 @@ def test_a_session_holds_its_packed_weights_one_matrix_and_little_else(
     measured = json.loads(shown.stdout)
     opened = Checkpoint(variant)
     weights = opened.config.linear_weights
-    packed = 0 if isinstance(form, Plain) else opened.linear_bytes()
+    packed = 0 if isinstance(form, Plain) else stored_bytes(opened.config, opened.formats)
     if isinstance(form, IntGrouped):
         packed += 2 * weights // form.group_size  # float16 scales become float32
     unsigned = weights if isinstance(form, Int8Channel) and not probe().has_vnni else 0
@@ -108,7 +108,7 @@ from pathlib import Path
 import numpy as np
 from lowmem.artifact.contract import read_contract
 from lowmem.compute.onnx_engine import OnnxEngine
-from lowmem.measure import MemoryPeak
+from lowmem.hardware.peak import MemoryPeak
 from lowmem.text.batching import EncodedText, pack
 directory = Path(sys.argv[1])
 engine = OnnxEngine(directory, "model.onnx", read_contract(Path(sys.argv[2])), "cpu", 1)

@@ -17,12 +17,12 @@ def test_a_report_belongs_to_the_longest_variant_that_its_plan_begins_with(
     bundle = Path(shutil.copytree(exported, tmp_path / "bundle"))
     variants = json.loads((bundle / "lowmem.json").read_text())["variants"]
     edit(bundle, variants={**variants, "int4-5.5": variants["int8"]})
-    manifest = Bundle(bundle).manifest
+    opened = Bundle(bundle)
     (bundle / "reports").mkdir()
     for variant in ("int4", "int4-5.5"):
         report = {
             "plan": f"{variant}-torch-cpu-fp32",
-            "artifact_sha256": manifest.artifact_sha256(variant),
+            "artifact_sha256": opened.artifact_sha256(variant),
             "cosine": {"mean": 0.99},
             "texts": {},
         }

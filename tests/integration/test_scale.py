@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowmem.measure import MemoryPeak
+from lowmem.hardware.peak import MemoryPeak
 
 # Few enough to be quick, and too many for the start of a process to blur.
 FEW, MANY = 8_000, 40_000

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from lowmem.fidelity import neighbours, outputs
+from lowmem.fidelity import neighbours, smaller_vectors
 
 
 def test_forms_hold_what_a_store_would_hold() -> None:
     vectors = np.array([[0.6, -0.8, 0, 0], [0, 0, 0, 0]], np.float32)
-    forms = outputs.forms(vectors)
+    forms = smaller_vectors.forms(vectors)
     assert forms["int8"][0].tolist() == [[95, -127, 0, 0], [0, 0, 0, 0]]
     assert forms["binary"][0].tolist() == [[1, -1, -1, -1], [0, 0, 0, 0]]
     assert forms["first 2"][0].tolist() == [pytest.approx([0.6, -0.8, 0, 0]), [0, 0, 0, 0]]
@@ -24,7 +24,7 @@ def test_eight_bits_cost_little_and_one_bit_more() -> None:
     generator = np.random.default_rng(6)
     reference = generator.standard_normal((200, 64)).astype(np.float32)
     before = neighbours.find(reference, 10)
-    rows = {row["name"]: row for row in outputs.costs(reference, before, reference, 10)}
+    rows = {row["name"]: row for row in smaller_vectors.costs(reference, before, reference, 10)}
     assert rows["float32"]["overlap"] == {"1": 1.0, "10": 1.0}
     assert rows["float32"]["spearman"] == pytest.approx(1)
     assert rows["int8"]["overlap"]["10"] > 0.95 > rows["first 32"]["overlap"]["10"]
