@@ -69,8 +69,7 @@ class Engine:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.peak = MemoryPeak(self._process.pid)
-        self.peak.__enter__()
+        self.peak_bytes = 0
         self._answer()
 
     def run(self, rows: Sequence[Row], prompts: Sequence[str]) -> tuple[float, Vectors]:
@@ -87,7 +86,6 @@ class Engine:
 
     def close(self) -> None:
         """Ends the process."""
-        self.peak.__exit__()
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -100,7 +98,10 @@ class Engine:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        # Engines that wait for their turn are not watched: that would take time of the others.
+        with MemoryPeak(self._process.pid) as peak:
+            line = self._process.stdout.readline()
+        self.peak_bytes = max(self.peak_bytes, peak.bytes)
         if not line:
             raise SystemExit(f"{self.name} ended with status {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)

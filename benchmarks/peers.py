@@ -205,7 +205,7 @@ def main() -> None:
                     for plan in (fp32, *plans.values())
                 },
                 "fp32": fp32.id,
-                "peak_host_bytes": {name: engine.peak.bytes for name, engine in engines.items()},
+                "peak_host_bytes": {name: engine.peak_bytes for name, engine in engines.items()},
                 "workloads": compared,
             },
         )

@@ -34,7 +34,7 @@ from export.hidden_states import (
 )
 from export.quantizers.gptq import quantize_outputs
 from export.quantizers.grids import grid_of, pack
-from export.quantizers.moments import Moments, fastest_dtype, second_moments
+from export.quantizers.moments import Moments, second_moments
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format, Int8Channel
@@ -53,6 +53,14 @@ _SAMPLE_TOKENS = 2048
 Tensors = dict[str, RawTensor]
 Formats = Mapping[str, Format]
 """Linear within a layer, ``self_attn.q_proj``, to format."""
+
+
+def scratch_bytes(config: ModelConfig, tokens: int, variants: int) -> int:
+    """What calibration of some variants takes of the disk while it goes on."""
+    # Full precision's hidden states behind a layer, before and within it, and each variant's;
+    # inputs of the stages that read no norm.
+    hidden = (3 + variants) * config.hidden_size
+    return 4 * tokens * (hidden + config.query_size + config.intermediate_size)
 
 
 class Calibration:
@@ -187,9 +195,8 @@ class Calibration:
             weight = folded.weights(stage)
             form = formats[stage[0]]
             assert all(formats[linear] == form for linear in stage), stage
-            dtype = fastest_dtype(states.texts.device) if form.bits < 8 else torch.float32
             weights = self._token_weights(states.texts)
-            seen, crossed = second_moments(inputs, wanted(stage), weights, dtype)
+            seen, crossed = second_moments(inputs, wanted(stage), weights)
             moments = Moments(seen, weight @ crossed if stage in (ATTENTION, MLP) else crossed)
             try:
                 values, scales = quantize_outputs(weight, moments, grid_of(form, len(seen)))
@@ -238,7 +245,10 @@ class Calibration:
         device = self._texts.device
         norms = {norm: to_torch(raw, device).float() for norm, raw in layer.norms.items()}
         rounded = rounded_linears({name: linear.format for name, linear in layer.linears.items()})
-        weigh: Weigh = lambda stage, inputs: stacked(layer.linears, stage, device)  # noqa: E731
+
+        def weigh(stage: Stage, inputs: Inputs) -> Tensor:
+            return stacked(layer.linears, stage, device)
+
         self._advance(name, layer.index, norms, weigh, rounded)
 
     def _advance(

@@ -33,6 +33,7 @@ _STRENGTH = 0.65  # of SmoothQuant's formula, whose best is near it for most lin
 _STEPS = 40
 _LARGEST_STEP = 0.3
 _SMALLEST = 1e-5
+_LEAST_SCALE = 0.1  # of the median
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ def balance(inputs: Tensor, weight: Tensor, shared: Tensor | None = None) -> Ten
         floor = 1e-12 * variance.clamp_min(torch.finfo(variance.dtype).tiny)
         ratio = by_scale(falls).clamp_min_(floor) / by_scale(rises).clamp_min_(floor)
         scales = scales * ratio.pow_(_LARGEST_STEP * (1 - step / _STEPS) / 2)
+    # Where the sample was silent, a later token may not be: its scale must leave room for that.
+    best = best.clamp_min(best.median() * _LEAST_SCALE)
     best = best / best.log().mean().exp()
     return best[shared]
 

@@ -47,6 +47,8 @@ Weigh = Callable[[Stage, Inputs], Tensor]
 """Gives the weights of a stage, stacked, float32 ``[sum of out_features, in_features]``."""
 
 _BATCH_TOKENS = 2048
+LONGEST_TOKENS = 4096
+"""Most tokens of a text, which makes a batch by itself where it is longer than one."""
 
 
 @dataclass(frozen=True)

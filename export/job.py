@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import get_num_threads
+
 from export.identity import SourceIdentity
 from export.journal import Finished
 from export.layout import Layout
@@ -22,6 +24,7 @@ from lowmem.artifact import strict_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format
 from lowmem.artifact.tensors import SINGLE_FILE
+from lowmem.hardware import probe
 from lowmem.progress import Progress
 
 
@@ -56,7 +59,7 @@ def work_digest(
         }
         for job in jobs
     }
-    work = {
+    work: dict[str, Any] = {
         "versions": {name: version(name) for name in ("lowmem", "numpy", "torch")},
         "gguf": version("gguf") if find_spec("gguf") is not None else None,
         "source": identity.sha256,
@@ -65,6 +68,11 @@ def work_digest(
         "copy": copy,
         "device": device,
     }
+    if any(job.is_calibrated for job in jobs):
+        # Sums depend on the processor's kind, and on how many threads share them.
+        machine = probe()
+        work["processor"] = [machine.cpu_name, *machine.cpu_features, get_num_threads()]
+        work["cards"] = [gpu.name for gpu in machine.gpus] if device != "cpu" else []
     return hashlib.sha256(strict_json.canonical(work)).hexdigest()
 
 

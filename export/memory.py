@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from export.hidden_states import STAGES
+from export.hidden_states import LONGEST_TOKENS, STAGES
 from export.sources import Source
 from lowmem.artifact.config import ModelConfig
 from lowmem.compute.torch_engine import is_out_of_memory
@@ -24,8 +24,6 @@ _LIBRARIES_BYTES = 400 * MIB
 _FLOAT32, _HALF = 4, 2
 # CUDA's own part of a card's memory, its libraries' workspaces, and what its heap keeps in pieces.
 CUDA_BYTES = 900 * MIB
-# Calibration takes so many tokens at a time, or one longer text.
-_BATCH_TOKENS = 4096
 
 
 def check_memory(source: Source, most_bytes: int, *, is_calibrated: bool) -> None:
@@ -133,7 +131,7 @@ def _stage_bytes(config: ModelConfig) -> int:
     """Most bytes that a stage at work holds, the layer's own weights not counted."""
     shapes = config.linears()
     inner = max(config.intermediate_size, config.query_size + 2 * config.key_value_size)
-    batch = _BATCH_TOKENS * (3 * inner + 2 * config.hidden_size)
+    batch = LONGEST_TOKENS * (3 * inner + 2 * config.hidden_size)
     stage = 0
     for linears in STAGES:
         rows = sum(shapes[name][0] for name in linears)

@@ -15,10 +15,10 @@ from typing import Any
 
 from export import licences
 from export.allocation import Effects, allocate, pooled_effects, some_texts
-from export.calibration import Calibration
+from export.calibration import Calibration, scratch_bytes
 from export.disagreements import disagreements
-from export.graph import graphs_of
 from export.groups import read_tensor, write_groups
+from export.hidden_states import LONGEST_TOKENS
 from export.identity import SourceIdentity
 from export.job import Job, kept_files, work_digest
 from export.layout import lay_out
@@ -34,7 +34,13 @@ from lowmem.artifact.manifest import Bundle, Manifest
 from lowmem.artifact.sentence_transformers_files import lacks_query_prompt
 from lowmem.artifact.stock_files import TOKENIZER
 from lowmem.artifact.stock_files import render as render_stock_files
-from lowmem.artifact.variants import budget_of, check_variants, formats_for, recipe_for
+from lowmem.artifact.variants import (
+    budget_of,
+    check_variants,
+    formats_for,
+    graphs_for,
+    recipe_for,
+)
 from lowmem.artifact.weights import EMBEDDING, Checkpoint
 from lowmem.compute.operations.products import check_float32
 from lowmem.data import Row
@@ -178,6 +184,10 @@ def export(
             finished = workspace.finished(work)
             kept = kept_files(finished, jobs, source, workspace.partial, progress)
             needed_bytes = _needed_bytes(jobs, source, bundle, copy)
+            steered_jobs = sum(job.is_calibrated for job in jobs)
+            if steered_jobs:
+                tokens = sum(len(text.input_ids) for text in texts())
+                needed_bytes += scratch_bytes(config, tokens, steered_jobs)
             workspace.begin([job.name for job in jobs], needed_bytes, work, kept)
             if not kept:
                 finished = {}
@@ -237,7 +247,9 @@ def _check_existing(
         raise refusal
     opened = Bundle(bundle)
     opened.check(name)
-    if onnx and not there.graphs and graphs_of(Checkpoint(opened.directory(name)), old.contract):
+    checkpoint, is_causal = Checkpoint(opened.directory(name)), old.contract.is_causal
+    graphs = graphs_for(checkpoint.formats, checkpoint.config.head_dim, is_causal=is_causal)
+    if onnx and graphs and not there.graphs:
         raise refusal
 
 
@@ -266,7 +278,11 @@ def _calibration(
 def _tokenized(
     rows: Sequence[Row], tokenizer: bytes, contract: Contract, vocab_size: int
 ) -> list[EncodedText]:
-    """Texts as the variants will read them, by the content of their ``tokenizer.json``."""
+    """Texts as the variants will read them, by the content of their ``tokenizer.json``.
+
+    None is longer than what calibration holds in memory at a time.
+    """
+    contract = contract.bounded(LONGEST_TOKENS)
     with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
         path = Path(folder) / TOKENIZER
         path.write_bytes(tokenizer)

@@ -147,7 +147,9 @@ class Embedder:
 
         Raises:
             InputError: A text is empty or too long, or an option cannot be served.
-            BackendError: A vector is not finite.
+            BackendError: A vector is not finite, this process was forked after the model was
+                loaded, or the engine failed.
+            CapacityError: A single text does not fit in memory.
         """
         if prompt is not None and prompt_name is not None:
             raise InputError("give prompt or prompt_name, not both")
@@ -226,7 +228,9 @@ class Embedder:
 
         Raises:
             InputError: A text is empty or too long, or an option cannot be served.
-            BackendError: A vector is not finite.
+            BackendError: A vector is not finite, this process was forked after the model was
+                loaded, or the engine failed.
+            CapacityError: A single text does not fit in memory.
         """
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")

@@ -84,6 +84,7 @@ def plan_json() -> dict[str, Any]:
         "machine": MACHINE.to_json(),
         "chosen": PLAN.id,
         "reason": "the fastest of 2",
+        "warning": None,
         "plans": [plan.to_json() for plan in plans],
     }
 

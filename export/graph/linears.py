@@ -12,10 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graph.builder import CONTRIB, Builder
-from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
+from lowmem.artifact.formats import Int8Channel, IntGrouped, Plain
 from lowmem.artifact.weights import Checkpoint
-
-_BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 # A 127th of it is still a normal float32, so a row of zeros has a scale, and codes of zero.
 _SMALLEST_ABSMAX = 1e-30
@@ -193,13 +191,6 @@ class Linears:
             transB=1,
         )
         return nodes("Mul", product, row_scales)
-
-
-def is_supported(form: Format) -> bool:
-    """Whether there are nodes that compute this format from its stored bytes."""
-    if isinstance(form, IntGrouped):
-        return form.bits in (4, 8) and form.group_size in _BLOCK_SIZES
-    return isinstance(form, Plain | Int8Channel)
 
 
 def stored(

@@ -1,1 +1,1 @@
-"""Weights to codes: each quantizer takes a float32 matrix and gives its format's tensors."""
+"""Weights to codes: each quantizer takes a matrix and gives its format's tensors."""

@@ -46,7 +46,11 @@ def quantize_outputs(weight: Tensor, moments: Moments, grid: Grid) -> tuple[Tens
     importance = moments.inputs.diagonal().clone()
     missing = moments.targets.addmm_(weight, moments.inputs, alpha=-1)
     inverse = ridge_inverse(moments.inputs)
-    return round_weight(least_squares(weight, missing, inverse), importance, inverse, grid)
+    moved = least_squares(weight, missing, inverse)
+    values, scales = round_weight(moved, importance, inverse, grid)
+    if not bool(values.isfinite().all()):
+        raise BundleError("what was quantized is not finite")
+    return values, scales
 
 
 def least_squares(weight: Tensor, missing: Tensor, inverse: Tensor) -> Tensor:
@@ -76,7 +80,8 @@ def ridge_inverse(inputs: Tensor, ridge: float = RIDGE) -> Tensor:
         BundleError: The moments are not finite.
     """
     moments = inputs.diagonal().clone()
-    floor = moments.median().clamp_min(torch.finfo(inputs.dtype).tiny) * 1e-3
+    seen = moments[moments > 0]
+    floor = seen.median() * 1e-3 if len(seen) else moments.new_ones(())
     for _ in range(_MOST_TRIES):
         torch.add(moments, moments.clamp_min(floor), alpha=ridge, out=inputs.diagonal())
         factor, failed = torch.linalg.cholesky_ex(inputs)

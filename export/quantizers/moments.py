@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
-import torch
 from torch import Tensor
 
 from export.hidden_states import Inputs
-from lowmem.hardware import probe
 
 # Of a symmetric sum of products, only blocks on and above the diagonal are computed.
 _BLOCKS = 4
@@ -30,15 +27,17 @@ class Moments:
 
 
 def second_moments(
-    inputs: Inputs, wanted: Iterator[Tensor], weights: Iterator[Tensor], dtype: torch.dtype
+    inputs: Inputs, wanted: Iterator[Tensor], weights: Iterator[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums over all tokens: x xᵀ of the inputs, and t xᵀ with what is wanted.
+
+    In float32 on every processor: what is missing is the small difference of large sums, so that
+    products in bfloat16, rounded, would lose more than the codes do.
 
     Args:
         inputs: What a stage multiplies, batch by batch.
         wanted: t of the same tokens, ``[rows, features]``.
         weights: What each token counts, ``[rows, 1]``.
-        dtype: In which products are taken; sums are float32.
 
     Returns:
         float32 ``[in_features, in_features]`` and ``[features, in_features]``.
@@ -49,30 +48,12 @@ def second_moments(
             seen = states.new_zeros(states.shape[1], states.shape[1])
             crossed = states.new_zeros(targets.shape[1], states.shape[1])
         root = weight.sqrt()
-        states, targets = (states * root).to(dtype), (targets * root).to(dtype)
+        states, targets = states * root, targets * root
         step = -(-states.shape[1] // _BLOCKS)
         for begin in range(0, states.shape[1], step):
             rows = slice(begin, begin + step)  # what lies left of the diagonal is mirrored below
-            _add_product(seen[rows, begin:], states[:, rows], states[:, begin:])
-        _add_product(crossed, targets, states)
+            seen[rows, begin:].addmm_(states[:, rows].T, states[:, begin:])
+        crossed.addmm_(targets.T, states)
     assert seen is not None, "no texts"
     assert crossed is not None
     return seen.triu_().add_(seen.triu(1).T), crossed
-
-
-def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """sums + leftᵀ right, in place."""
-    if left.dtype == sums.dtype:
-        sums.addmm_(left.T, right)
-    else:
-        sums += left.T @ right
-
-
-@cache
-def fastest_dtype(device: str) -> torch.dtype:
-    """bfloat16 where a processor has it, at twice the speed; a card is fast enough without.
-
-    What it loses is far below what 4 bits lose, and not below what 8 bits do.
-    """
-    is_worth_it = device == "cpu" and probe().has_native_bf16
-    return torch.bfloat16 if is_worth_it else torch.float32

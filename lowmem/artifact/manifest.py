@@ -78,7 +78,7 @@ class Manifest:
     """Everything that ``lowmem.json`` says.
 
     Attributes:
-        source: Name, kind, revision and sha256 of what was exported, and the known model it is.
+        source: Name, revision and sha256 of what was exported, and the known model it is.
         licence: The source's licence, or None where it names none.
         contract: The input contract.
         variants: By name.

@@ -6,7 +6,7 @@ Export writes by this table, and the planner plans by it before anything is expo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lowmem.artifact.config import ModelConfig
@@ -20,6 +20,12 @@ ROUNDED = "rounded"
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16"}
 LOW, HIGH = IntGrouped(bits=4, group_size=32), IntGrouped(bits=8, group_size=64)
 """The formats among which a budget of bits is spent."""
+
+MODEL, MODEL_INT8, MODEL_FP16 = "model.onnx", "model_int8.onnx", "model_fp16.onnx"
+_HEAD_MULTIPLE = 16
+"""ONNX Runtime's causal attention refuses other head sizes when it runs."""
+_BLOCKS = {IntGrouped(bits, size) for bits in (4, 8) for size in (16, 32, 64, 128, 256)}
+"""What MatMulNBits takes."""
 
 _BUDGETED = re.compile(r"int4-([0-9]+(?:\.[0-9]+)?)")
 _LEAST_BITS, _MOST_BITS = 4.5, 8.25  # codes, and a 16-bit scale for a group of them
@@ -80,6 +86,38 @@ def formats_for(variant: str, config: ModelConfig, dtype: str) -> dict[str, Form
     if variant not in forms:
         raise InputError(f"a variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     return dict.fromkeys(module_shapes(config), forms[variant])
+
+
+def graphs_for(formats: Mapping[str, Format], head_dim: int, *, is_causal: bool) -> dict[str, str]:
+    """The ONNX graphs that a variant has.
+
+    Args:
+        formats: The format of every linear.
+        head_dim: Size of an attention head.
+        is_causal: Whether tokens see none behind them.
+
+    Returns:
+        File name to compute, empty where no operator of ONNX Runtime takes formats or heads:
+
+        * 16-bit weights: ``model.onnx`` ``fp32``; with float16 also ``model_fp16.onnx`` ``fp16``,
+          for CUDA;
+        * grouped codes: ``model.onnx`` ``fp32`` and ``model_int8.onnx`` ``int8``;
+        * channel codes: ``model.onnx`` ``int8``, or ``fp32`` if no linear rounds its inputs;
+        * bitsandbytes' formats, mixtures of the above, and groups of another size than 16, 32,
+          64, 128 or 256: none;
+        * causal attention with a ``head_dim`` that is no multiple of 16: none.
+    """
+    forms = set(formats.values())
+    if is_causal and head_dim % _HEAD_MULTIPLE:
+        return {}
+    if all(isinstance(form, Plain) for form in forms):
+        return {MODEL: "fp32"} | ({MODEL_FP16: "fp16"} if forms == {Plain("F16")} else {})
+    if forms <= _BLOCKS:
+        return {MODEL: "fp32", MODEL_INT8: "int8"}
+    if all(isinstance(form, Int8Channel) for form in forms):
+        rounds = any(form.rounds_activations for form in forms if isinstance(form, Int8Channel))
+        return {MODEL: "int8" if rounds else "fp32"}
+    return {}
 
 
 def recipe_for(variant: str, dtype: str, calibration: str | None = None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor, parse_floor
 from lowmem.cli import options
 from lowmem.compute.plan import Plan
-from lowmem.errors import CapacityError, LowmemError
+from lowmem.errors import BackendError, CapacityError, LowmemError
 from lowmem.hardware import Hardware
 from lowmem.measure import Record, measure, measure_ceiling, package_versions
 from lowmem.outputs import check_output, write_text
@@ -101,6 +101,8 @@ def bench(
     if json_file is not None:
         record = to_json(opened, machine, subject, ceilings, measured, failed)
         write_text(json_file, strict_json.dumps(record))
+    if failed:
+        raise BackendError(f"{len(failed)} of {len(running)} plans failed, as the table says")
 
 
 def to_json(

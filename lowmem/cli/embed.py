@@ -17,7 +17,7 @@ from lowmem.disk import mapped
 from lowmem.errors import InputError
 from lowmem.text.reading import InputRow, read_rows
 from lowmem.text.tokenizer import Tokenizer
-from lowmem.text.writing import check_output, check_room, write_vectors
+from lowmem.text.writing import check_room, check_vectors_output, write_vectors
 
 
 def embed(
@@ -42,7 +42,7 @@ def embed(
     floor: options.Floor = "standard",
 ) -> None:
     """Embed a file, with the fastest plan that fits this machine and is faithful."""
-    check_output(output, others=[input_file, bundle])
+    check_vectors_output(output, others=[input_file, bundle])
     rows = read_rows(input_file, column=column, input_type=input_type, task=task)
     if not rows:
         raise InputError(f"{input_file} holds no text")

@@ -15,7 +15,7 @@ import typer
 from lowmem import data, hub
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract, read_contract
-from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.manifest import MANIFEST, Bundle
 from lowmem.artifact.models import known_models
 from lowmem.artifact.variants import VARIANTS, budgeted, check_variants
 from lowmem.cli.options import parse_size, size_text
@@ -39,7 +39,7 @@ def export(
     ],
     bundle: Annotated[Path, typer.Argument(help="Where to write.", show_default=False)],
     variants: Annotated[
-        str, typer.Option(help="Names with commas between, of those in the default.")
+        str, typer.Option(help="Names with commas between: those of the default, or int4-BITS.")
     ] = ",".join(VARIANTS),
     bits: Annotated[
         float | None,
@@ -103,10 +103,15 @@ def export(
         if "int4" not in names:
             raise InputError("--bits needs int4 among the variants")
         names = [budgeted(bits) if name == "int4" else name for name in names]
+    if reference_texts in ("probe", "quick") and "fp16" not in {*names, *_there(bundle)}:
+        raise InputError(f"--reference-texts {reference_texts} needs fp16 among the variants")
     from export.sources import open_source
 
     # Before any weights are downloaded.
     settled, model = _contract(contract, _known_models(source), source)
+    if calibration != BUILT_IN:
+        for row in rows:
+            settled.prompt(row.input_type, row.task)  # or it has no such prompt
     accepts = _acceptance(accept_licence or ())
     progress = Steps()
     opened = open_source(source, accepts_licence=accepts, progress=progress)
@@ -138,6 +143,11 @@ def export(
             f"{name:<9} {variant.bits_per_weight['linears']:6.3f} bits/weight  "
             f"{size_text(variant.stored_bytes)}"
         )
+
+
+def _there(bundle: Path) -> Collection[str]:
+    """Variants of a bundle that is to be added to."""
+    return Bundle(bundle).manifest.variants if (bundle / MANIFEST).is_file() else ()
 
 
 def _calibration_rows(calibration: str) -> Sequence[Row]:

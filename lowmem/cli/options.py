@@ -12,7 +12,9 @@ import typer
 from lowmem.errors import InputError
 
 Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_default=False)]
-Variant = Annotated[str, typer.Option(help="fp16, int8, int4, bnb-int8, bnb-nf4, or auto.")]
+Variant = Annotated[
+    str, typer.Option(help="fp16, int8, int4, int4-BITS, bnb-int8, bnb-nf4, or auto.")
+]
 Engine = Annotated[str, typer.Option(help="torch, onnxruntime, or auto.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Compute = Annotated[

@@ -73,12 +73,14 @@ def plan(
 
 def to_json(choice: Choice) -> dict[str, Any]:
     """The documented form; see ``schemas/plan.schema.json``."""
+    chosen = None if choice.chosen is None else choice.chosen.id
     return {
         "format": 1,
         "machine": choice.machine.to_json(),
-        "chosen": None if choice.chosen is None else choice.chosen.id,
+        "chosen": chosen,
         "reason": choice.reason,
-        "plans": [plan.to_json() for plan in choice.plans],
+        "warning": choice.warning,
+        "plans": [(choice.get() if plan.id == chosen else plan).to_json() for plan in choice.plans],
     }
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lowmem import hardware
-from lowmem.artifact import strict_json
+from lowmem.artifact import strict_json, verdict
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor, parse_floor
 from lowmem.cli import options
@@ -25,6 +25,7 @@ from lowmem.fidelity.report import (
     Compared,
     agreement,
     compare_plans,
+    of_texts_alone,
     one_of_each,
 )
 from lowmem.fidelity.store import check_dump, dump, store
@@ -44,7 +45,9 @@ def report(
     texts: Annotated[
         Path | None, typer.Option(help="Your own texts (.txt, .jsonl, .csv, .parquet).")
     ] = None,
-    column: Annotated[str, typer.Option(help="Where the text is in that file.")] = "text",
+    column: Annotated[
+        str | None, typer.Option(help="Where the text is in that file, by default in text.")
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Take N texts that stand for all, the same always."),
@@ -94,7 +97,7 @@ def report(
         html.check_installed()
     opened = Bundle(bundle)
     least = parse_floor(floor)
-    given = [texts, sts_file, reference_file, bundle, retrieval_directory]
+    given = [texts, sts_file, reference_file, compare, bundle, retrieval_directory]
     if dump_directory is not None:
         check_dump(dump_directory, given)
     if json_file is not None:
@@ -104,13 +107,16 @@ def report(
     for option, needed, name in (
         (task, retrieval_directory, "--task is the instruction of --retrieval"),
         (sts_task, sts_file, "--sts-task is the instruction of --sts"),
+        (column, texts, "--column is where the text is in --texts"),
     ):
         if option is not None and needed is None:
             raise InputError(f"{name}, which was not given")
     old = drift.read_reports(compare) if compare is not None else None
     wanted = want(
         opened,
-        texts=None if texts is None else (shown_name(texts), read_rows(texts, column=column)),
+        texts=None
+        if texts is None
+        else (shown_name(texts), read_rows(texts, column=column or "text")),
         given_file=reference_file,
         limit=limit,
         collection=None
@@ -128,10 +134,11 @@ def report(
     inputs, compared, failed = _compare(opened, subject, plans, wanted, least, machine, parts)
     is_built_in = texts is None and reference_file is None and inputs.texts.all_texts is None
     if is_built_in:
-        store(opened, compared, _pages(opened, compared, inputs, machine, least))
+        own = [of_texts_alone(one, least) for one in compared]
+        store(opened, own, _pages(opened, own, inputs, machine, least))
     reports = [one.report for one in compared]
     result: dict[str, Any] = {
-        "format": 1,
+        "format": verdict.REPORT_FORMAT,
         "reports": reports,
         "agreement": agreement(compared),
         "drift": None
@@ -174,6 +181,13 @@ def _compare(
     pace = Pace(plans, tokens, own, speeds, cpu_speed)
     count = f"{len(plans)} plan{'s' if len(plans) > 1 else ''}"
     typer.echo(f"{count}, {tokens} tokens each: {pace.left()}", err=True)
+    if wanted.truncated:
+        most = bundle.contract.max_seq_length
+        typer.echo(
+            f"{wanted.truncated} of {len(wanted.rows)} texts are cut to the {most} tokens that the "
+            "model takes",
+            err=True,
+        )
     inputs = wanted.embedded(machine.cpu_threads, parts, bar)
 
     def on_plan(plan: Plan, seconds: float) -> None:

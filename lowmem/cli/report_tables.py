@@ -7,9 +7,9 @@ from typing import Any
 
 from lowmem.artifact.verdict import Floor
 from lowmem.cli import options
+from lowmem.fidelity.readiness import STATES
 
 _MOST_NAMED = 2
-_STATES = ("ready", "partly", "not ready")
 
 
 def table(reports: Sequence[Mapping[str, Any]], floor: Floor) -> str:
@@ -39,7 +39,7 @@ def table(reports: Sequence[Mapping[str, Any]], floor: Floor) -> str:
 
 def verdicts(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Each plan's readiness, in words and with its reasons; plans that say the same together."""
-    for state in _STATES:
+    for state in STATES:
         said: dict[str, list[str]] = {}
         for one in reports:
             found = one["readiness"]

@@ -1,8 +1,8 @@
 """The decoder of the Llama and Mistral family, over packed tokens.
 
 RMSNorm, rotary positions, grouped-query attention and SwiGLU; padding does not exist, and biases
-do not either. The maths is written over four operations and knows nothing of quantization,
-devices or files. The residual stream is float32 throughout.
+do not either. The maths is written over five operations and knows nothing of formats, devices or
+files; of rounding it says only which rows are spared. The residual stream is float32 throughout.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,6 +73,7 @@ class Runner:
         self.normalizes = plan.engine == "onnxruntime" and bundle.contract.normalize_embeddings
         self._rounds_prefixes = rounds_prefixes(plan, bundle.variant(plan.variant).recipe)
         self._engine = _open_engine(bundle, checkpoint, plan)
+        self._process = os.getpid()
         # Engines open files by name, some of them several times.
         if _statuses(directory) != before:
             raise BundleError(f"{directory} changed while it was opened: open it again")
@@ -101,9 +103,17 @@ class Runner:
             ``out``, in the order given.
 
         Raises:
-            BackendError: A vector is not finite.
-            InputError: Unnormalised vectors of a graph that normalises.
+            BackendError: A vector is not finite, this process was forked after the plan was opened,
+                float32 products would not be float32, or ONNX Runtime failed.
+            CapacityError: A single text does not fit in memory.
+            InputError: Unnormalised vectors of a graph that normalises, or ``out`` is of another
+                shape or type.
         """
+        if os.getpid() != self._process:
+            raise BackendError(
+                "an engine's threads do not survive a fork: load the model in each process, or "
+                'start processes with multiprocessing.get_context("spawn")'
+            )
         if not normalize and self.normalizes:
             raise InputError(
                 f"the plan {self.plan.id} normalises inside its graph: normalize_embeddings=False "

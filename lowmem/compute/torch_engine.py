@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -89,7 +88,6 @@ class TorchEngine:
         self._prefixes = PrefixCache(PREFIX_TOKENS)
         self._rounds_prefixes = rounds_prefixes
         self._one_pass = threading.Lock()
-        self._process = os.getpid()
         self._times_out_of_memory = 0
         self._most_tokens: int | None = None
         if self._is_resident:
@@ -124,14 +122,8 @@ class TorchEngine:
 
         Raises:
             CapacityError: A single text does not fit.
-            BackendError: This process was forked after the engine was made, or float32 products
-                would not be float32.
+            BackendError: Float32 products would not be float32.
         """
-        if os.getpid() != self._process:
-            raise BackendError(
-                "torch's threads do not survive a fork: load the model in each process, or start "
-                'processes with multiprocessing.get_context("spawn")'
-            )
         check_float32()
         no_autocast = torch.autocast(self._device, enabled=False)
         with self._one_pass, torch.inference_mode(), no_autocast:
@@ -196,7 +188,7 @@ class TorchEngine:
 
 
 def _operations(config: ModelConfig, device: str, compute: str) -> Operations:
-    """The fastest form of the four operations; which one does not change the plan."""
+    """The fastest form of the operations; which one does not change the plan."""
     if device == "cuda":
         return cuda_operations(compute, config.rms_norm_eps, config.head_dim)
     keep_freed_memory()

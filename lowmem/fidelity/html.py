@@ -22,7 +22,7 @@ from lowmem.fidelity.drawing import Series
 from lowmem.fidelity.figure_text import NONE, cosine_text, size_text
 from lowmem.fidelity.readiness import SIGN_OFF_TEXTS
 
-FIGURE_NAMES = {"mean": "mean", "p5": "5th percentile", "min": "worst text"}
+_FIGURE_NAMES = {"mean": "mean", "p5": "5th percentile", "min": "worst text"}
 _TEMPLATES = ("report.html.j2", "report_sections.html.j2")
 _SEARCH_FIGURES = {
     "ndcg@10": "nDCG@10",
@@ -153,6 +153,7 @@ def render(
             group_tables=sections.group_tables([row.report for row in rows]),
             output_names=sections.output_names([row.report for row in rows]),
             given=reports[0].get("reference_given"),
+            checked=reports[0].get("reference_checked", 0),
             matrix=sections.matrix([row.plan for row in rows], agreement),
             calibrated=sections.calibrated([row.report for row in rows]),
             drift=drift,
@@ -194,7 +195,7 @@ def criterion(floor: Floor, texts: int) -> str:
     return (
         f"Each of {texts} texts was embedded by the plan and by the 16-bit model. A plan keeps the "
         "embeddings if the cosine of the two vectors, 1 for equal ones, is on average at least "
-        f"{floor.mean!r}, at least {floor.p5!r} for 95 % of the texts, and at least {floor.min!r} "
+        f"{floor.mean!r}, at its 5th percentile at least {floor.p5!r}, and at least {floor.min!r} "
         f"for every text (the floor “{floor.name}”)."
     )
 
@@ -210,7 +211,7 @@ def reasons(rows: Sequence[Row], floor: Floor) -> Iterator[tuple[str, str]]:
         elif len(failing) == len(members):
             count = f" ({len(members)} plans)"
         why = [
-            _below(FIGURE_NAMES[key], [row.report["cosine"][key] for row in low], bound)
+            _below(_FIGURE_NAMES[key], [row.report["cosine"][key] for row in low], bound)
             for key in FIGURES
             if (low := [row for row in failing if key in row.low])
             for bound in [getattr(floor, key)]

@@ -54,7 +54,9 @@ class Wanted:
         rows: The texts.
         tokens: Length of each.
         truncated: How many are cut to the contract's limit.
-        stored: The bundle's own reference of the built-in texts, or None for others.
+        is_built_in: Whether the texts are built-in ones.
+        stored: The bundle's own reference of the built-in texts, or None where there is none, and
+            for others.
         given: Vectors that someone else computed, of all texts, and their file, or None.
         places: Which of the texts are taken.
         collection: As in :class:`Inputs`.
@@ -66,6 +68,7 @@ class Wanted:
     rows: tuple[Row, ...]
     tokens: tuple[int, ...]
     truncated: int
+    is_built_in: bool
     stored: Reference | None
     given: tuple[Path, Vectors] | None
     places: tuple[int, ...]
@@ -92,12 +95,15 @@ class Wanted:
 
     @property
     def reference_tokens(self) -> int:
-        """About how many of them the reference embeds, if the cache holds none."""
-        own = sum(self.tokens[place] for place in self.places)
-        return self.plan_tokens - (own if self.stored or self.given else 0)
+        """About how many tokens the reference embeds, if the cache holds none."""
+        taken = sum(self.tokens[place] for place in self.places)
+        judged = self.plan_tokens - taken
+        if self.stored or self.given:
+            return judged
+        return judged + (sum(self.tokens) if self.is_built_in else taken)
 
     def embedded(self, threads: int, parts: Parts, progress: Progress) -> Inputs:
-        """Computes what is missing of the references.
+        """Computes what is missing of the references; that of built-in texts goes into the bundle.
 
         Args:
             threads: CPU threads.
@@ -124,6 +130,10 @@ class Wanted:
         if self.given is None:
             if self.stored is not None:
                 return self.stored.part(self.places)
+            if self.is_built_in:
+                made = of(self.name, self.rows)
+                reference.keep(self.bundle, made)
+                return made.part(self.places)
             own_texts = of(self.name, self.texts)
             is_part = len(self.places) < len(self.rows)
             return replace(own_texts, all_texts=len(self.rows) if is_part else None)
@@ -159,17 +169,26 @@ def want(
         pairs: Judged pairs, or None.
 
     Raises:
-        InputError: There is no text or no reference, or a file does not belong to the texts.
+        InputError: There is no text or no reference, a file does not belong to the texts, or the
+            contract has no prompt for one of them.
         BundleError: The bundle's own reference is damaged.
     """
+    rows: Sequence[Row]
     stored = reference.stored(bundle) if texts is None else None
-    if texts is None and stored is None:
-        raise InputError(
-            f"{bundle.path} has no reference vectors: export again with --reference-texts probe"
-        )
-    name, rows = (stored.name, stored.rows) if stored else texts or ("", ())
+    if stored:
+        name, rows = stored.name, stored.rows
+    elif texts is None:
+        name = reference.wanted_texts(bundle)
+        rows = data.load(name)
+    else:
+        name, rows = texts
     if not rows:
         raise InputError(f"{name} holds no text")
+    own = list(rows) if texts else []  # built-in ones do without an instruction where need be
+    own += collection.rows if collection else ()
+    own += pairs.rows if pairs else ()
+    for row in own:
+        bundle.contract.prompt(row.input_type, row.task)
     if stored:
         tokens, truncated = stored.tokens, stored.truncated
     else:
@@ -189,6 +208,7 @@ def want(
         tuple(rows),
         tokens,
         truncated,
+        texts is None,
         stored,
         vectors,
         tuple(places),

@@ -17,6 +17,8 @@ from lowmem.errors import InputError
 from lowmem.fidelity.directions import Floats, Vectors, blocks, cosine_rows, has_direction
 
 Indices = NDArray[np.int64]
+NOTHING = -1
+"""In place of a document that a search does not find."""
 _BEYOND = 3.0  # further than the opposite direction
 
 
@@ -25,30 +27,39 @@ class Neighbours:
     """The nearest other texts of each text.
 
     Attributes:
-        nearest: int64 [n, k], the nearest first; k is n - 1 where there are no more.
+        nearest: int64 [n, k], the nearest first; k is the number of others where there are no more.
         has_direction: bool [n]; a text without one comes last for all others.
+        first_rows: int64 [n], where each text stands first. Only there it is a neighbour, and of
+            others alone: however vectors change, equal texts stay nearest to one another.
     """
 
     nearest: Indices
     has_direction: NDArray[np.bool_]
+    first_rows: Indices
 
     def leave_out_some(self, k: int) -> bool:
         """Whether a text has others than its k nearest: else no vectors could change those."""
-        return len(self.nearest) - 1 > k
+        return len(np.unique(self.first_rows)) - 1 > k
 
 
-def find(vectors: Vectors, k: int) -> Neighbours:
+def find(vectors: Vectors, k: int, first_rows: Indices | None = None) -> Neighbours:
     """The k nearest other texts of each text. Cost: 2 n² d operations, a few arrays [512, n].
 
     Args:
         vectors: float32 [n, d].
         k: How many neighbours, at least 1.
+        first_rows: Where each text stands first, int64 [n]; None where no text stands twice.
 
     Raises:
         InputError: k is below 1.
     """
     if k < 1:
         raise InputError(f"k must be at least 1, got {k}")
+    if first_rows is not None:
+        kept = np.unique(first_rows)
+        distinct = find(vectors[kept], k)
+        nearest = kept[distinct.nearest[np.searchsorted(kept, first_rows)]]
+        return Neighbours(nearest, has_direction(vectors), first_rows)
     count, k = len(vectors), min(k, len(vectors) - 1)
     is_known = has_direction(vectors)
     found = np.empty((count, max(k, 0)), np.int64)
@@ -57,7 +68,7 @@ def find(vectors: Vectors, k: int) -> Neighbours:
         distance[:, ~is_known] = _BEYOND
         distance[np.arange(len(distance)), np.arange(rows.start, rows.stop)] = np.inf
         found[rows] = _nearest(distance, k)
-    return Neighbours(found, is_known)
+    return Neighbours(found, is_known, np.arange(count))
 
 
 def search(queries: Vectors, documents: Vectors, k: int) -> Indices:
@@ -69,7 +80,7 @@ def search(queries: Vectors, documents: Vectors, k: int) -> Indices:
         k: How many, at least 1.
 
     Returns:
-        int64 [q, min(k, n)], the nearest first.
+        int64 [q, min(k, n)], the nearest first; a query without a direction finds -1.
     """
     is_known = has_direction(documents)
     k = min(k, len(documents))
@@ -78,6 +89,7 @@ def search(queries: Vectors, documents: Vectors, k: int) -> Indices:
         distance = 1.0 - cosine_rows(queries[rows], documents)
         distance[:, ~is_known] = _BEYOND
         found[rows] = _nearest(distance, k)
+    found[~has_direction(queries)] = NOTHING
     return found
 
 
@@ -103,12 +115,12 @@ def shares_in_common(before: Indices, now: Indices) -> Floats:
     """Share of each row's indices that stand in the same row of the other, float64 [n].
 
     Args:
-        before: int64 [n, k], no index twice in a row.
+        before: int64 [n, k], no index twice in a row, but for -1.
         now: int64 [n, k], the same.
     """
     if before.shape[1] == 0:
         return np.zeros(len(before))
-    common = (before[:, :, None] == now[:, None, :]).any(axis=2)
+    common = (before[:, :, None] == now[:, None, :]).any(axis=2) & (before != NOTHING)
     shares: Floats = common.mean(axis=1)
     return shares
 

@@ -13,11 +13,15 @@ from lowmem.artifact import verdict
 from lowmem.artifact.verdict import FIGURES, Floor
 from lowmem.fidelity.figure_text import cosine_text
 
-FIGURE_NAMES = {"mean": "mean cosine", "p5": "5th percentile", "min": "worst text"}
+_FIGURE_NAMES = {"mean": "mean cosine", "p5": "5th percentile", "min": "worst text"}
+STATES = ("ready", "partly", "not ready")
+"""What a report says of a plan, the best first."""
 GROUP_TEXTS = 10
 """Of fewer texts nothing is said of a group."""
 SIGN_OFF_TEXTS = 100
 """Of fewer texts, the 5th percentile rests on fewer than five."""
+JUDGED_ITEMS = 20
+"""Resampling fewer queries or pairs says too often that chance explains nothing."""
 LOSS = 0.01
 """A use is lost where its figure falls by more, and chance does not explain that it falls."""
 BATCH_DISTANCE = 1e-4
@@ -124,16 +128,16 @@ def _below(report: Mapping[str, Any], floor: Floor) -> Iterator[str]:
 
 
 def _problem(key: str, value: float, bound: float) -> str:
-    return f"{FIGURE_NAMES[key]} {cosine_text(value, bound)}, the floor asks {bound!r}"
+    return f"{_FIGURE_NAMES[key]} {cosine_text(value, bound)}, the floor asks {bound!r}"
 
 
 def _lost_uses(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     retrieval, sts = report.get("retrieval"), report.get("sts")
-    if retrieval:
+    if retrieval and retrieval["queries"] >= JUDGED_ITEMS:
         figure = retrieval["figures"]["ndcg@10"]
         if _is_lost(figure):
             yield "search", _loss(f"nDCG@10 on {retrieval['name']}", figure)
-    if sts and _is_lost(sts["spearman"]):
+    if sts and sts["pairs"] >= JUDGED_ITEMS and _is_lost(sts["spearman"]):
         yield "similarity scores", _loss(f"Spearman on {sts['name']}", sts["spearman"])
 
 
@@ -147,14 +151,21 @@ def _loss(name: str, figure: Mapping[str, Any]) -> str:
 
 
 def _caution(report: Mapping[str, Any]) -> str | None:
+    return "; ".join(_cautions(report)) or None
+
+
+def _cautions(report: Mapping[str, Any]) -> Iterator[str]:
     count = report["texts"]["count"]
     if count < SIGN_OFF_TEXTS:
-        return f"a smoke test on {count} texts, not a sign-off"
+        yield f"a smoke test on {count} texts, not a sign-off"
+    for judged, items, use in (("retrieval", "queries", "search"), ("sts", "pairs", "similarity")):
+        found = report.get(judged)
+        if found and found[items] < JUDGED_ITEMS:
+            yield f"{found[items]} {items} are too few to judge {use} by"
     moved = report.get("invariance") or {}
     distance = max((moved[key] for key in ("alone", "shuffled", "neighbours") if moved), default=0)
     if distance > BATCH_DISTANCE:
-        return f"a text's vector depends on its batch, by up to {distance:.1e} of 1 - cosine"
-    return None
+        yield f"a text's vector depends on its batch, by up to {distance:.1e} of 1 - cosine"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """Reference vectors: the stored 16-bit weights, multiplied in float32, layer by layer from disk.
 
 A pass needs the memory of two layers, whatever the model's size. Vectors of the built-in texts are
-made at export and travel with the bundle; those of a user's own texts are kept in the user's cache.
+made at export, or by the first report, and travel with the bundle; those of a user's own texts are
+kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +25,15 @@ from lowmem import cache, data
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.manifest import Bundle, file_sha256
+from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import BundleError, InputError
 from lowmem.fidelity.parts import Parts, cache_key
 from lowmem.measure import Record
+
+logger = logging.getLogger(__name__)
 
 Vectors = NDArray[np.float32]
 FORMAT = 1
@@ -50,6 +55,7 @@ class Reference:
         vectors: float32 ``[texts, hidden_size]``, normalised as the contract says.
         sha256: Of the vectors' ``.npy`` bytes.
         given: The file that the vectors were read from, or None where they were computed.
+        checked: How many of given vectors were compared with our own.
         all_texts: How many texts there are, where these are only a part of them.
     """
 
@@ -60,6 +66,7 @@ class Reference:
     vectors: Vectors
     sha256: str
     given: str | None = None
+    checked: int = 0
     all_texts: int | None = None
 
     @property
@@ -77,7 +84,7 @@ class Reference:
         vectors = self.vectors[list(places)]
         rows = [self.rows[place] for place in places]
         some = _reference(self.name, rows, tokens, truncated, vectors)
-        return replace(some, given=self.given, all_texts=len(self.rows))
+        return replace(some, given=self.given, checked=self.checked, all_texts=len(self.rows))
 
 
 def plan(threads: int) -> Plan:
@@ -142,6 +149,32 @@ def built_in_texts(config: ModelConfig) -> str:
     tokens = sum(len(row.text) for row in data.load("probe")) / 3
     seconds = tokens * 2 * config.linear_weights / products_per_second()
     return "probe" if seconds < _LONGEST_SECONDS else "quick"
+
+
+def wanted_texts(bundle: Bundle) -> str:
+    """Which built-in texts a bundle without reference vectors shall have them of.
+
+    Raises:
+        InputError: The bundle has no ``fp16``.
+    """
+    if not _has_fp16(bundle):
+        raise InputError(
+            f"{bundle.path} has no reference vectors, and no fp16 that they could be computed by: "
+            "export fp16 as well"
+        )
+    return built_in_texts(Checkpoint(bundle.directory("fp16")).config)
+
+
+def keep(bundle: Bundle, reference: Reference) -> None:
+    """As ``write``; a read-only bundle is left as it is."""
+    try:
+        write(bundle, reference)
+    except OSError as error:
+        logger.warning(
+            "reference vectors are not stored: %s cannot be written (%s)",
+            bundle.path / "reference",
+            error.strerror,
+        )
 
 
 def write(bundle: Bundle, reference: Reference) -> None:

@@ -12,7 +12,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lowmem import hardware
 from lowmem.artifact import verdict
 from lowmem.artifact.manifest import Bundle
-from lowmem.artifact.verdict import Floor
+from lowmem.artifact.verdict import REPORT_FORMAT, Floor
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import InputError, LowmemError, reason_of
@@ -37,7 +37,6 @@ from lowmem.fidelity.worst import worst
 from lowmem.hardware import Hardware
 from lowmem.measure import Record, measure
 
-FORMAT = 1
 NEIGHBOURS = 10
 
 
@@ -89,7 +88,8 @@ def compare_plans(
     Raises:
         LowmemError: No plan could be compared; this is the error of the first.
     """
-    before = neighbours.find(inputs.texts.vectors, NEIGHBOURS)
+    first_rows = _first_rows(inputs.texts.rows)
+    before = neighbours.find(inputs.texts.vectors, NEIGHBOURS, first_rows)
     shared: dict[str, dict[str, Any]] = {}
 
     def compare(plan: Plan) -> Compared:
@@ -140,6 +140,12 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
         reasons = "; ".join(f"{plan.id}: {plan.dropped}" for plan in plans[:8])
         raise InputError(f"none of the plans asked for can run here: {reasons}")
     return list(chosen.values())
+
+
+def of_texts_alone(one: Compared, floor: Floor) -> Compared:
+    """The same without judged collections and pairs: those are the user's, and no bundle's."""
+    report = {**one.report, "retrieval": None, "sts": None}
+    return replace(one, report={**report, "readiness": readiness(report, floor)})
 
 
 def agreement(compared: Sequence[Compared]) -> list[dict[str, Any]]:
@@ -211,16 +217,17 @@ def _compare(
     cosines = metrics.cosines(reference.vectors, vectors)
     summary = metrics.summary(cosines)
     nonfinite = sum(metrics.nonfinite(found) for found, _ in ran)
-    now = neighbours.find(vectors, NEIGHBOURS)
+    now = neighbours.find(vectors, NEIGHBOURS, before.first_rows)
     variant = bundle.variant(plan.variant)
     rows = reference.rows
     report = {
-        "format": FORMAT,
+        "format": REPORT_FORMAT,
         "plan": plan.report_id,
         "licence": bundle.manifest.licence,
         "artifact_sha256": bundle.artifact_sha256(plan.variant),
         "reference_sha256": reference.sha256,
         "reference_given": reference.given,
+        "reference_checked": reference.checked,
         "texts": {
             "name": reference.name,
             "sha256": reference.texts_sha256,
@@ -261,6 +268,17 @@ def _compare(
     }
     report["readiness"] = readiness(report, floor)
     return Compared(report, cosines, vectors, now)
+
+
+def _first_rows(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """Where each text stands first, int64 [n]."""
+    places: dict[tuple[str, str, str | None], int] = {}
+    return np.array(
+        [
+            places.setdefault((row.text, row.input_type, row.task), place)
+            for place, row in enumerate(rows)
+        ]
+    )
 
 
 def _judged(

@@ -66,6 +66,15 @@ class Collection:
         content = {"texts": data.sha256(self.rows), "relevant": judged}
         return hashlib.sha256(strict_json.canonical(content)).hexdigest()
 
+    @property
+    def own_documents(self) -> Indices:
+        """The document that has the id of each query, int64 [queries], -1 where there is none.
+
+        It is the query itself, as in ArguAna, and no answer to it: BEIR leaves it out.
+        """
+        places = {row.id: place for place, row in enumerate(self.documents)}
+        return np.array([places.get(row.id, neighbours.NOTHING) for row in self.queries])
+
     def part(self, documents: int) -> Collection:
         """A smaller collection: some queries, all that answers them, and other documents.
 
@@ -181,8 +190,10 @@ def judge(collection: Collection, reference: Vectors, vectors: Vectors) -> dict[
         vectors: Those of the plan, the same shape.
     """
     count = len(collection.documents)
+    itself = collection.own_documents
     before, now = (
-        neighbours.search(side[count:], side[:count], DEPTH) for side in (reference, vectors)
+        _without(neighbours.search(side[count:], side[:count], DEPTH + 1), itself)
+        for side in (reference, vectors)
     )
     sides = [scores(ranked, collection.relevant) for ranked in (before, now)]
     figures = {}
@@ -205,6 +216,16 @@ def judge(collection: Collection, reference: Vectors, vectors: Vectors) -> dict[
         "figures": figures,
         "overlap": neighbours.overlap_of_searches(before, now, count),
     }
+
+
+def _without(ranked: Indices, itself: Indices) -> Indices:
+    """Each query's documents less itself, int64 [queries, depth - 1], the order kept."""
+    depth = min(DEPTH, ranked.shape[1])
+    is_other = (ranked != itself[:, None]) | (itself[:, None] == neighbours.NOTHING)
+    order = np.argsort(~is_other, axis=1, kind="stable")
+    moved: Indices = np.where(is_other, ranked, neighbours.NOTHING)
+    result: Indices = np.take_along_axis(moved, order, axis=1)[:, :depth]
+    return result
 
 
 def _read_texts(path: Path, input_type: str, task: str | None) -> list[Row]:
@@ -235,6 +256,7 @@ def _read_qrels(path: Path, queries: set[str], documents: set[str]) -> dict[str,
     if not lines or lines[0].split("\t") != ["query-id", "corpus-id", "score"]:
         raise InputError(f"{path} must begin with query-id, corpus-id and score, between tabs")
     judged: dict[str, dict[str, int]] = {}
+    seen: dict[tuple[str, str], int] = {}
     unknown = []
     for number, line in enumerate(lines[1:], 2):
         parts = line.split("\t")
@@ -243,6 +265,10 @@ def _read_qrels(path: Path, queries: set[str], documents: set[str]) -> dict[str,
         query, document, score = parts[0], parts[1], int(parts[2])
         if query not in queries or document not in documents:
             unknown.append(f"line {number}")
+        elif seen.setdefault((query, document), score) != score:
+            raise InputError(
+                f"line {number} of {path} judges a pair again, and otherwise than before"
+            )
         elif score > 0:
             judged.setdefault(query, {})[document] = score
     if unknown:

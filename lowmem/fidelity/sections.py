@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowmem.artifact.verdict import Floor
-from lowmem.fidelity.readiness import GROUP_TEXTS, readiness
+from lowmem.fidelity.readiness import GROUP_TEXTS, STATES, readiness
 
 Report = Mapping[str, Any]
-_STATES = ("ready", "partly", "not ready")
 _TITLES = {"length": "By length, in tokens", "language": "By language"}
 _TITLES["input_type"] = "Queries and documents"
 
@@ -31,7 +30,7 @@ def verdicts(reports: Sequence[Report], floor: Floor) -> list[dict[str, Any]]:
         one["plans"].append({"plan": report["plan"], "reasons": found["reasons"]})
         if found["caution"] and found["caution"] not in one["cautions"]:
             one["cautions"].append(found["caution"])
-    return sorted(said.values(), key=lambda one: _STATES.index(one["state"]))
+    return sorted(said.values(), key=lambda one: STATES.index(one["state"]))
 
 
 def group_tables(reports: Sequence[Report]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ float32 vectors, so that the loss is that of the plan and of the output together
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ _CODES = 127
 _TRUNCATED = (2, 4)  # parts of the dimensions
 
 
-def forms(vectors: Vectors) -> dict[str, tuple[Vectors, int, int]]:
-    """Each output form of some vectors.
+def forms(vectors: Vectors) -> Iterator[tuple[str, Vectors, int, int]]:
+    """Each output form of some vectors, one after another.
 
     ``int8`` rounds to 127 steps of the vector's own largest value; ``binary`` keeps the sign;
     ``first N`` keeps the first dimensions.
@@ -29,22 +30,19 @@ def forms(vectors: Vectors) -> dict[str, tuple[Vectors, int, int]]:
         vectors: float32 [n, d].
 
     Returns:
-        Name to what stands for the vectors when cosines are taken, float32 [n, d], the dimensions
+        Name, what stands for the vectors when cosines are taken, float32 [n, d], the dimensions
         kept, and bytes of a vector.
     """
     size = vectors.shape[1]
-    found = {
-        "float32": (vectors, size, 4 * size),
-        "int8": (_int8(vectors), size, size),
-        "binary": (_binary(vectors), size, -(-size // 8)),
-    }
+    yield "float32", vectors, size, 4 * size
+    yield "int8", _int8(vectors), size, size
+    yield "binary", _binary(vectors), size, -(-size // 8)
     for part in _TRUNCATED:
         kept = size // part
         if kept:
             shortened = vectors.copy()
             shortened[:, kept:] = 0
-            found[f"first {kept}"] = (shortened, kept, 4 * kept)
-    return found
+            yield f"first {kept}", shortened, kept, 4 * kept
 
 
 def costs(reference: Vectors, before: Neighbours, vectors: Vectors, k: int) -> list[dict[str, Any]]:
@@ -57,8 +55,8 @@ def costs(reference: Vectors, before: Neighbours, vectors: Vectors, k: int) -> l
         k: Neighbours to compare.
     """
     rows = []
-    for name, (shown, dimensions, size) in forms(vectors).items():
-        now = neighbours.find(shown, k)
+    for name, shown, dimensions, size in forms(vectors):
+        now = neighbours.find(shown, k, before.first_rows)
         rows.append(
             {
                 "name": name,
@@ -80,6 +78,6 @@ def _int8(vectors: Vectors) -> Vectors:
 
 
 def _binary(vectors: Vectors) -> Vectors:
-    signs: Vectors = np.where(vectors > 0, 1, -1).astype(np.float32)
+    signs: Vectors = np.where(vectors > 0, np.float32(1), np.float32(-1))
     signs[~has_direction(vectors)] = 0
     return signs

@@ -11,7 +11,7 @@ from lowmem.artifact import strict_json
 from lowmem.artifact.config import ModelConfig, parse_config
 from lowmem.artifact.formats import Format
 from lowmem.artifact.manifest import Bundle
-from lowmem.artifact.variants import VARIANTS, formats_for
+from lowmem.artifact.variants import VARIANTS, formats_for, graphs_for
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.plan import (
     COMPUTES,
@@ -59,6 +59,7 @@ class Subject:
 
         Raises:
             BundleError: A variant's config or tensors do not hold together.
+            InputError: The bundle holds no variant.
         """
         checkpoints = {
             name: Checkpoint(bundle.directory(name)) for name in bundle.manifest.variants
@@ -86,15 +87,15 @@ class Subject:
         config = parse_config(value, str(path))
         named = value.get("dtype", value.get("torch_dtype"))
         dtype = "BF16" if named == "bfloat16" else "F16"
+        formats = {name: formats_for(name, config, dtype) for name in VARIANTS}
         return cls(
             config,
             min(config.longest_sequence, BATCH_TOKENS),
             dtype,
-            {name: formats_for(name, config, dtype) for name in VARIANTS},
+            formats,
             {
-                "fp16": {"model.onnx": "fp32", "model_fp16.onnx": "fp16"},
-                "int8": {"model.onnx": "int8"},
-                "int4": {"model.onnx": "fp32", "model_int8.onnx": "int8"},
+                name: graphs_for(forms, config.head_dim, is_causal=config.is_stock)
+                for name, forms in formats.items()
             },
         )
 

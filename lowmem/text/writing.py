@@ -22,7 +22,7 @@ _PART_ROWS = 4096
 _BYTES_PER_NUMBER = {".jsonl": 14}  # in text, with what separates them; elsewhere a float32
 
 
-def check_output(path: Path, *, others: Iterable[Path] = ()) -> None:
+def check_vectors_output(path: Path, *, others: Iterable[Path] = ()) -> None:
     """Refuses an output that could not be written, before anything is computed for it.
 
     Args:
@@ -44,7 +44,7 @@ def check_room(path: Path, texts: int, dimensions: int) -> None:
     """Refuses to begin what the disk has no room for in the end.
 
     Args:
-        path: As :func:`check_output` takes it.
+        path: As :func:`check_vectors_output` takes it.
         texts: How many vectors there will be.
         dimensions: Of each.
 
@@ -64,7 +64,7 @@ def write_vectors(path: Path, rows: Sequence[Row], vectors: NDArray[np.float32])
     ``embedding`` (fixed-size list of float32).
 
     Args:
-        path: As :func:`check_output` takes it.
+        path: As :func:`check_vectors_output` takes it.
         rows: Whose vectors these are.
         vectors: float32 [rows, dim], finite.
 

@@ -335,10 +335,11 @@ def test_products_that_become_coarser_later_are_refused(bundle: Bundle) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
 def test_a_forked_process_is_told_how_to_start_instead_of_hanging(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    model = runner(bundle)
+    model = Runner(Bundle(tiny_bundle), Plan("fp16", engine, "cpu", "fp32", "resident"))
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(BackendError, match=r"do not survive a fork: .*\"spawn\""):
         model.embed(encoded(model), normalize=True)

@@ -130,6 +130,17 @@ def test_inputs_that_are_always_zero_have_finite_scales() -> None:
     assert bool(torch.isfinite(balance(torch.zeros(4, 16), torch.zeros(4, 16)).log()).all())
 
 
+def test_an_input_that_was_silent_does_not_drown_the_token_in_which_it_speaks() -> None:
+    generator = torch.Generator().manual_seed(6)
+    inputs, weight = torch.randn(200, 64, generator=generator), torch.ones(4, 64)
+    inputs[:, 3] = 0
+    scales = balance(inputs, weight)
+    later = torch.randn(50, 64, generator=generator)
+    later[:, 3] = 3
+    outputs = later @ weight.T
+    assert disturbance(later, weight, scales) < 0.01 * float(outputs.square().sum())
+
+
 def test_a_norm_whose_quotient_is_too_large_for_its_dtype_is_divided_by_less() -> None:
     norm = RawTensor("F16", np.array([3.0, 2.0], np.float16))
     stored, exact = _fold_norm(norm, torch.tensor([1e-6, 0.5]))

@@ -108,8 +108,9 @@ def test_least_squares_is_the_ridge_regression_of_the_normal_equations(
     moments = moments_of(inputs, wanted)
     inverse = ridge_inverse(moments.inputs.clone(), 0.1)
     second = inputs.double().T @ inputs.double()
-    floor = second.diagonal().median() * 1e-3
-    ridge = 0.1 * torch.diag(second.diagonal().clamp_min(floor))
+    seen = second.diagonal()
+    floor = seen[seen > 0].median() * 1e-3
+    ridge = 0.1 * torch.diag(seen.clamp_min(floor))
     # The least of |wanted - x wᵀ|² + (w - weight) ridge (w - weight)ᵀ.
     right = wanted.double().T @ inputs.double() + weight.double() @ ridge
     expected = torch.linalg.solve(second + ridge, right.T).T
@@ -134,6 +135,20 @@ def test_an_input_that_is_always_zero_gets_codes_all_the_same(
     assert bool(torch.isfinite(scales).all())
 
 
+@pytest.mark.parametrize("form", FORMATS, ids=repr)
+@pytest.mark.parametrize("dead", [64, 120, 128])
+def test_inputs_that_are_mostly_zero_leave_the_others_their_weights(
+    inputs: Tensor, weight: Tensor, form: Format, dead: int
+) -> None:
+    inputs[:, :dead] = 0
+    wanted = inputs @ weight.T
+    grid = grid_of(form, IN_FEATURES)
+    values, scales = quantize_outputs(weight, moments_of(inputs, wanted), grid)
+    fitted = values * scales.repeat_interleave(grid.group_size, 1)
+    assert bool(fitted.isfinite().all())
+    assert lost(inputs, wanted, fitted) <= 0.02 * lost(inputs, wanted, torch.zeros_like(fitted))
+
+
 def test_moments_of_fewer_texts_than_inputs_have_an_inverse() -> None:
     states = torch.randn(3, IN_FEATURES, generator=torch.Generator().manual_seed(3))
     inverse = ridge_inverse(states.T @ states)
@@ -152,9 +167,8 @@ def test_moments_of_inputs_that_are_all_zero_have_an_inverse() -> None:
     assert bool(torch.isfinite(ridge_inverse(torch.zeros(8, 8))).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("features", [1, 6, 64, 67])
-def test_moments_are_weighted_sums_over_all_batches(features: int, dtype: torch.dtype) -> None:
+def test_moments_are_weighted_sums_over_all_batches(features: int) -> None:
     generator = torch.Generator().manual_seed(features)
     states = torch.randn(50, features, generator=generator)
     wanted = torch.randn(50, 9, generator=generator)
@@ -162,11 +176,10 @@ def test_moments_are_weighted_sums_over_all_batches(features: int, dtype: torch.
     rows = [slice(0, 20), slice(20, 50)]
     inputs: Inputs = lambda: ((one, states[one]) for one in rows)  # noqa: E731
     seen, crossed = second_moments(
-        inputs, (wanted[one] for one in rows), (counts[one] for one in rows), dtype
+        inputs, (wanted[one] for one in rows), (counts[one] for one in rows)
     )
     exact = states.double().T @ (counts * states).double()
-    error = 1e-5 if dtype == torch.float32 else 0.02
     assert torch.equal(seen, seen.T)
-    torch.testing.assert_close(seen.double(), exact, rtol=error, atol=error * exact.max())
+    torch.testing.assert_close(seen.double(), exact, rtol=1e-5, atol=1e-5 * exact.max())
     exact = wanted.double().T @ (counts * states).double()
-    torch.testing.assert_close(crossed.double(), exact, rtol=error, atol=50 * error)
+    torch.testing.assert_close(crossed.double(), exact, rtol=1e-5, atol=5e-4)

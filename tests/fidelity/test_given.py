@@ -85,6 +85,16 @@ def test_vectors_in_another_order_are_refused_with_the_one_that_fits() -> None:
     assert int(found[1]) + int(found[2]) == 19
 
 
+def test_another_order_is_seen_where_all_texts_are_alike() -> None:
+    alike = unit() + np.float32(1)
+    alike /= np.linalg.norm(alike, axis=1, keepdims=True)
+    own = alike[given.checked(20)]
+    assert float((alike @ alike.T).min()) > given.LEAST_COSINE
+    with pytest.raises(InputError, match="so they are in another order"):
+        taken(alike[::-1], own)
+    taken(alike, own)
+
+
 def test_vectors_of_another_model_are_refused() -> None:
     with pytest.raises(
         InputError, match="of other texts, another model, or another input contract"

@@ -37,6 +37,30 @@ def test_shares_of_fewer_neighbours_come_from_the_same_search() -> None:
     assert neighbours.overlap(*ten, 1) == neighbours.overlap(*one, 1)
 
 
+def test_equal_texts_are_one_and_no_neighbours_of_one_another() -> None:
+    """Vectors that have nothing in common keep no neighbours, however often a text stands."""
+    generator = np.random.default_rng(4)
+    first_rows = np.arange(330) // 11 * 11
+    before, now = (
+        neighbours.find(generator.standard_normal((330, 8)).astype(np.float32)[first_rows], 10, of)
+        for of in (first_rows, first_rows)
+    )
+    assert not (before.nearest // 11 == np.arange(330)[:, None] // 11).any()
+    assert (before.nearest % 11 == 0).all()
+    kept = neighbours.overlap(before, now, 10)
+    assert kept is not None
+    assert kept < 0.5  # by chance a third
+    assert neighbours.overlap(before, now, 29) is None
+    alone = neighbours.find(np.ones((5, 2), np.float32), 3, np.zeros(5, np.int64))
+    assert alone.nearest.shape == (5, 0)
+
+
+def test_a_query_without_direction_finds_nothing() -> None:
+    found = neighbours.search(rows([0, 0], [np.nan, 1], [0, 1]), rows([1, 1], [0, 1]), 2)
+    assert found.tolist() == [[-1, -1], [-1, -1], [1, 0]]
+    assert neighbours.shares_in_common(found, found).tolist() == [0, 0, 1]
+
+
 def test_a_search_shows_the_nearest_documents_of_each_query() -> None:
     queries = rows([1, 0], [0, 1])
     documents = rows([0, 0], [1, 1], [2, 0], [0, 3])

@@ -98,7 +98,8 @@ def test_the_percentile_of_a_small_group_is_its_worst_text_and_does_not_count() 
 def test_search_is_lost_where_its_loss_is_large_and_no_chance(
     difference: float, high: float, state: str
 ) -> None:
-    retrieval = {"name": "scifact", "figures": {"ndcg@10": judged(difference, high)}}
+    figures = {"ndcg@10": judged(difference, high)}
+    retrieval = {"name": "scifact", "queries": 20, "figures": figures}
     found = readiness(report(retrieval=retrieval), STANDARD)
     assert found["state"] == state
     if state == "partly":
@@ -107,11 +108,24 @@ def test_search_is_lost_where_its_loss_is_large_and_no_chance(
 
 
 def test_similarity_is_lost_in_the_same_way_and_never_by_what_is_not_defined() -> None:
-    lost = {"name": "pairs.csv", "spearman": judged(-0.05, -0.02)}
+    lost = {"name": "pairs.csv", "pairs": 20, "spearman": judged(-0.05, -0.02)}
     assert readiness(report(sts=lost), STANDARD)["not_for"] == ["similarity scores"]
     unknown = {"reference": None, "plan": None, "difference": None, "interval": None}
-    sts = {"name": "pairs.csv", "spearman": unknown}
+    sts = {"name": "pairs.csv", "pairs": 20, "spearman": unknown}
     assert readiness(report(sts=sts), STANDARD)["state"] == "ready"
+
+
+def test_few_queries_and_pairs_say_nothing_of_a_use() -> None:
+    lost = judged(-0.3, -0.3)
+    few = {
+        "retrieval": {"name": "mine", "queries": 1, "figures": {"ndcg@10": lost}},
+        "sts": {"name": "pairs.csv", "pairs": 19, "spearman": lost},
+    }
+    found = readiness(report(**few), STANDARD)
+    assert found["state"] == "ready"
+    assert found["caution"] == (
+        "1 queries are too few to judge search by; 19 pairs are too few to judge similarity by"
+    )
 
 
 @pytest.mark.parametrize(("count", "said"), [(1, "1 vector holds"), (2, "2 vectors hold")])
@@ -129,6 +143,8 @@ def test_few_texts_and_vectors_that_depend_on_their_batch_are_cautions() -> None
     assert readiness(report(invariance=moved), STANDARD)["caution"] == (
         "a text's vector depends on its batch, by up to 3.0e-03 of 1 - cosine"
     )
+    both = readiness(report(texts={"count": 64}, invariance=moved), STANDARD)["caution"]
+    assert both.startswith("a smoke test on 64 texts, not a sign-off; a text's vector depends on")
     still = {"texts": 6, "alone": 1e-9, "shuffled": 0.0, "neighbours": 1e-9}
     assert readiness(report(invariance=still), STANDARD)["caution"] is None
 

@@ -101,6 +101,24 @@ def test_equal_vectors_lose_nothing_and_swapped_ones_do(tmp_path: Path) -> None:
     assert figure["interval"][0] <= figure["difference"] <= figure["interval"][1]
 
 
+def test_a_query_that_is_a_document_does_not_find_itself(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", qrels=[("q1", "d1", 1)])
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"_id": "q1", "text": "Why does bread rise?"}) + "\n")
+    collection = read_collection(folder)
+    vectors = np.array([[1, 0.2], [0, 1], [-1, 0], [1, 0], [1, 0]], np.float32)
+    found = retrieval.judge(collection, vectors, vectors)
+    assert found["figures"]["ndcg@10"]["reference"] == 1
+    assert found["figures"]["mrr@10"]["reference"] == 1
+
+
+def test_a_pair_that_is_judged_twice_must_be_judged_alike(tmp_path: Path) -> None:
+    read_collection(write(tmp_path / "alike", qrels=[*QRELS, QRELS[0]]))
+    for other in (0, 1):
+        with pytest.raises(InputError, match=r"line 7 of .*judges a pair again"):
+            read_collection(write(tmp_path / "set", qrels=[*QRELS, ("q1", "d1", other)]))
+
+
 def test_a_part_keeps_what_answers_its_queries(tmp_path: Path) -> None:
     documents = [{"_id": str(n), "text": f"text {n}"} for n in range(40)]
     queries = [{"_id": f"q{n}", "text": f"question {n}"} for n in range(10)]

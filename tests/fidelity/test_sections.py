@@ -145,8 +145,12 @@ def test_the_page_says_what_the_texts_share_with_calibration(about: Any, said: s
 
 
 def test_a_reference_from_elsewhere_is_named() -> None:
-    text = words(page_of([{**FOUR[0], "reference_given": "theirs.npy"}]))
-    assert "Its vectors were read from theirs.npy ; shape, length and a few texts" in text
+    given = {**FOUR[0], "reference_given": "theirs.npy"}
+    read = (
+        "Its vectors were read from theirs.npy ; shape and length were checked, and the vectors of"
+    )
+    assert f"{read} 8 texts compared" in words(page_of([{**given, "reference_checked": 8}]))
+    assert f"{read} no texts compared" in words(page_of([given]))
 
 
 def test_older_reports_without_newer_figures_have_a_page() -> None:

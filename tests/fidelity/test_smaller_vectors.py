@@ -6,16 +6,16 @@ from lowmem.fidelity import neighbours, smaller_vectors
 
 def test_forms_hold_what_a_store_would_hold() -> None:
     vectors = np.array([[0.6, -0.8, 0, 0], [0, 0, 0, 0]], np.float32)
-    forms = smaller_vectors.forms(vectors)
+    forms = {name: form for name, *form in smaller_vectors.forms(vectors)}
     assert forms["int8"][0].tolist() == [[95, -127, 0, 0], [0, 0, 0, 0]]
     assert forms["binary"][0].tolist() == [[1, -1, -1, -1], [0, 0, 0, 0]]
     assert forms["first 2"][0].tolist() == [pytest.approx([0.6, -0.8, 0, 0]), [0, 0, 0, 0]]
     assert {name: form[1:] for name, form in forms.items()} == {
-        "float32": (4, 16),
-        "int8": (4, 4),
-        "binary": (4, 1),
-        "first 2": (2, 8),
-        "first 1": (1, 4),
+        "float32": [4, 16],
+        "int8": [4, 4],
+        "binary": [4, 1],
+        "first 2": [2, 8],
+        "first 1": [1, 4],
     }
     assert vectors[0].tolist() == pytest.approx([0.6, -0.8, 0, 0])
 

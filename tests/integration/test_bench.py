@@ -57,6 +57,7 @@ def test_a_plan_that_fails_is_named_with_its_reason(
     monkeypatch.setattr(bench, "measure_ceiling", lambda *arguments: 1e9)
     done = run(tiny_bundle, "--variant", "fp16", "--engine", "torch", "--compute", "fp32")
     assert "fp16-torch-cpu-fp32-resident failed: the device is on fire" in done.stdout
+    assert str(done.exception) == "1 of 1 plans failed, as the table says"
 
 
 def test_a_record_that_cannot_be_written_is_refused_before_anything_runs(

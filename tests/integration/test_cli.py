@@ -137,7 +137,11 @@ def test_plan_json_follows_its_schema_and_chooses_from_many(cli_bundle):
     running = [one for one in plan["plans"] if one["state"] == "candidate"]
     assert len(running) >= 10
     assert all(one["tokens_per_second"] > 0 for one in running)
-    assert plan["chosen"] in {one["id"] for one in running}
+    chosen = next(one for one in running if one["id"] == plan["chosen"])
+    assert chosen["reason"] == plan["reason"]
+    assert plan["warning"] is None
+    named = lowmem("plan", cli_bundle, "--variant", "int4", *FP32, "--json")
+    assert "has no fidelity report" in json.loads(named.stdout)["warning"]
 
 
 def test_the_plan_table_fits_80_columns(cli_bundle):
@@ -214,7 +218,9 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(cli_bundle, tmp_path):
         (("report", "BUNDLE", "--json", "no/where.json"), "its directory does not exist"),
         (("report", "BUNDLE", "--task", "same"), "--task is the instruction of --retrieval, which"),
         (("report", "BUNDLE", "--sts-task", "same"), "--sts-task is the instruction of --sts, wh"),
+        (("report", "BUNDLE", "--column", "body"), "--column is where the text is in --texts, wh"),
         (("report", "BUNDLE", "--texts", "nothing.txt"), "nothing.txt holds no text"),
+        (("report", "BUNDLE", "--texts", "same.jsonl"), "no task 'SAME': its name"),
         (("report", "BUNDLE", "--reference", "v.csv"), "v.csv cannot be read as .npy"),
         (
             ("export", "BUNDLE/fp16", "new"),
@@ -237,6 +243,11 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(cli_bundle, tmp_path):
         (("export", *SOURCE, "new", "--max-memory", "much"), "--max-memory must be a size such as"),
         (("export", *SOURCE, "new", "--max-memory", "90M"), "reference vectors may need"),
         (
+            ("export", *SOURCE, "new", "--variants", "int8", "--reference-texts", "quick"),
+            "--reference-texts quick needs fp16 among the variants",
+        ),
+        (("export", *SOURCE, "new", "--calibration", "q.jsonl"), "a query needs a task for this"),
+        (
             ("export", *SOURCE, "new", "--max-memory", "90M", "--reference-texts", "none"),
             "of memory, 90 MiB are allowed",
         ),
@@ -252,6 +263,9 @@ def test_bad_input_gets_one_line_and_status_1(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.txt").write_text("one\n")
     (tmp_path / "nothing.txt").write_text("")
+    query = {"text": "one", "input_type": "query"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(query) + "\n")
+    (tmp_path / "same.jsonl").write_text(json.dumps({**query, "task": "SAME"}) + "\n")
     (tmp_path / "empty.txt").write_text("one\n\nthree\n")
     (tmp_path / "long.txt").write_text("one\n" + "word " * 500 + "\n")
     done = lowmem(*(word.replace("BUNDLE", str(cli_bundle)) for word in arguments), status=1)

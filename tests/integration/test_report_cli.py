@@ -7,7 +7,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from lowmem import schemas
+from lowmem import data, schemas
 from lowmem.fidelity import neighbours
 from tests.command_line import lowmem
 from tests.tolerances import INVARIANCE_DISTANCE
@@ -116,13 +116,56 @@ def test_a_report_on_own_texts_with_search_pairs_a_limit_and_drift(cli_bundle, t
     np.save(theirs, np.load(tmp_path / "d" / "reference.npy").astype(np.float16))
     lowmem("report", cli_bundle, *options, "--reference", theirs, "--json", second)
     [given] = json.loads(second.read_text())["reports"]
-    assert given["reference_given"] == "theirs.npy"
+    assert (given["reference_given"], given["reference_checked"]) == ("theirs.npy", 8)
     assert given["cosine"]["mean"] == pytest.approx(report["cosine"]["mean"], abs=1e-4)
     np.save(theirs, np.load(theirs)[::-1])
     refused = lowmem("report", cli_bundle, *options, "--reference", theirs, status=1)
     assert "so they are in another order" in refused.stderr
     refused = lowmem("report", cli_bundle, *FP32, "--compare", first, status=1)
     assert "first.json is about other texts (t.jsonl, 12 texts)" in refused.stderr
+    before = first.read_text()
+    again = ("--compare", first, "--json", first)
+    refused = lowmem("report", cli_bundle, *options, *again, status=1)
+    assert "first.json cannot be written: the command names it twice" in refused.stderr
+    assert first.read_text() == before
+
+
+def test_reference_vectors_that_export_left_out_are_made_by_the_first_report(cli_bundle, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(cli_bundle, copy)
+    shutil.rmtree(copy / "reference")
+    options = ("--variant", "int8", *FP32, "--floor", "loose", "--limit", 8)
+    done = lowmem("report", copy, *options)
+    assert "8 of " in done.stdout
+    made = [np.load(file) for file in sorted((copy / "reference").glob("*.npy"))]
+    assert [len(vectors) for vectors in made] == [len(data.load("probe"))]
+    before = {file: file.stat().st_mtime_ns for file in (copy / "reference").iterdir()}
+    lowmem("report", copy, *options)
+    assert {file: file.stat().st_mtime_ns for file in (copy / "reference").iterdir()} == before
+
+
+def test_what_a_user_judges_by_does_not_go_into_the_bundle(cli_bundle, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(cli_bundle, copy)
+    pairs, file = tmp_path / "pairs.jsonl", tmp_path / "report.json"
+    scored = (f'{{"a": "the fox {n}", "b": "the day", "score": {n}}}\n' for n in range(9))
+    pairs.write_text("".join(scored))
+    options = ("--variant", "int8", *FP32, "--floor", "loose", "--sts", pairs, "--json", file)
+    lowmem("report", copy, *options)
+    [shown] = json.loads(file.read_text())["reports"]
+    assert shown["sts"]["name"] == "pairs.jsonl"
+    stored = json.loads((copy / "reports" / "int8-torch-cpu-fp32.json").read_text())
+    assert stored["sts"] is None
+    assert "pairs.jsonl" not in (copy / "reports" / "int8-torch-cpu-fp32.html").read_text()
+
+
+def test_texts_that_are_cut_are_counted(cli_bundle, tmp_path):
+    texts, page = tmp_path / "t.txt", tmp_path / "report.html"
+    texts.write_text("".join(f"the fox {n}\n" for n in range(9)) + "word " * 500 + "\n")
+    options = ("--texts", texts, "--variant", "int8", *FP32, "--floor", "loose")
+    done = lowmem("report", cli_bundle, *options, "--html", page)
+    assert "1 of 10 texts are cut to the 128 tokens that the model takes" in done.stderr
+    assert "The ends of 1 text, cut to the 128 tokens that the model takes." in page.read_text()
 
 
 def test_embed_gives_the_dumped_vectors(reported, tmp_path):

@@ -1,7 +1,9 @@
+import json
 from dataclasses import replace
 
 import pytest
 
+from lowmem.artifact.config import config_json
 from lowmem.artifact.variants import VARIANTS, formats_for
 from lowmem.errors import BackendError, InputError
 from lowmem.hardware import Gpu, Hardware
@@ -24,6 +26,24 @@ MODERN = Hardware("CPU", 8, ("avx512_bf16", "avx512_vnni"), 64 * GIB, 60 * GIB)
 OLD = Hardware("CPU", 4, ("avx2",), 16 * GIB, 12 * GIB)
 TINY = Hardware("CPU", 4, ("avx2", "avx512_vnni"), 8 * GIB, 6 * GIB)
 RTX_3060 = Gpu("RTX 3060", 12 * GIB, int(11.5 * GIB), (8, 6))
+
+
+def checkpoint(tmp_path, **changes):
+    value = config_json(replace(SEVEN_B, **changes), "bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(value))
+    return Subject.of_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_offers_the_graphs_that_its_export_would_write(tmp_path):
+    subject = checkpoint(tmp_path)
+    assert subject.graphs == {
+        "fp16": {"model.onnx": "fp32"},  # bfloat16 weights have no graph of float16
+        "int8": {"model.onnx": "int8"},
+        "int4": {"model.onnx": "fp32", "model_int8.onnx": "int8"},
+        "bnb-int8": {},
+        "bnb-nf4": {},
+    }
+    assert not any(checkpoint(tmp_path, head_dim=120).graphs.values())
 
 
 def plans(machine, **wishes):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lowmem.compute.engine import unit_length
 from lowmem.data import Row
 from lowmem.errors import BackendError, CapacityError, InputError
-from lowmem.text.writing import check_output, check_room, write_vectors
+from lowmem.text.writing import check_room, check_vectors_output, write_vectors
 
 ROWS = [Row("a", "x"), Row('b"\u2028', "y"), Row("3", "z")]
 VECTORS = np.array([[0.1, -1e-8], [1.0, 3.4e38], [1 / 3, 0.0]], np.float32)
@@ -31,9 +31,9 @@ OUTPUTS = ["out.npy", "out.jsonl", "out.parquet"]
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_that_can_be_written_passes(tmp_path: Path, name: str) -> None:
-    check_output(tmp_path / name, others=[tmp_path / "none.txt"])
+    check_vectors_output(tmp_path / name, others=[tmp_path / "none.txt"])
     (tmp_path / name).touch()
-    check_output(tmp_path / name, others=[tmp_path / "none.txt"])
+    check_vectors_output(tmp_path / name, others=[tmp_path / "none.txt"])
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -41,7 +41,7 @@ def test_an_output_in_the_working_directory_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    check_output(Path("out.npy"))
+    check_vectors_output(Path("out.npy"))
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         "directory.npy": "an output must be a regular file",
     }.items():
         with pytest.raises(InputError, match=message):
-            check_output(tmp_path / name)
+            check_vectors_output(tmp_path / name)
 
 
 def test_without_pyarrow_the_extra_is_named(
@@ -60,7 +60,7 @@ def test_without_pyarrow_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(BackendError, match=r"writing a \.parquet file .* 'lowmem\[files\]'"):
-        check_output(tmp_path / "out.parquet")
+        check_vectors_output(tmp_path / "out.parquet")
 
 
 def test_vectors_are_not_written_to_an_unknown_suffix(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_an_output_in_a_directory_that_cannot_be_written_is_refused(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(InputError, match="its directory cannot be written to"):
-        check_output(tmp_path / "out.npy")
+        check_vectors_output(tmp_path / "out.npy")
 
 
 def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
     link.symlink_to(source)
     for output in (source, link):
         with pytest.raises(InputError, match="the command names it twice"):
-            check_output(output, others=[source])
+            check_vectors_output(output, others=[source])
 
 
 def read_vectors(path: Path) -> tuple[list[str] | None, NDArray[np.float32]]:

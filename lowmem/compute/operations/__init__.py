@@ -1,1 +1,1 @@
-"""The four operations of the decoder: the plain torch form, and faster forms beside it."""
+"""The decoder's operations: the plain torch form, and faster forms beside it."""

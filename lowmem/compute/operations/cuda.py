@@ -1,4 +1,4 @@
-"""The operations on a CUDA device: which kernels serve a compute on a card, and the four of them.
+"""The operations on a CUDA device, and which kernels serve a compute on a card.
 
 Activations are 16-bit between the products, sums and the residual stream are float32. 8-bit
 computes round rows on their way into a product, in the pass that normalizes or gates them.

@@ -36,7 +36,7 @@ _TRIAL_TOKENS, _TRIAL_FEATURES = 256, 1024
 
 
 class Int8Operations(PlainOperations):
-    """The four operations with 8-bit products."""
+    """The operations with 8-bit products."""
 
     def __init__(self, rms_norm_eps: float) -> None:
         """Chooses the arithmetic; allocates nothing yet."""

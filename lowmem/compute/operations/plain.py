@@ -1,4 +1,4 @@
-"""The plain torch form of the four operations: right on every device, for every format.
+"""The plain torch form of the operations: right on every device, for every format.
 
 A weight is dequantized a matrix at a time into one scratch that all linears share. Of the MLP only
 one activation is held for all tokens; what meets it goes through a chunk of tokens at a time. 8-bit
@@ -45,7 +45,7 @@ class Activations:
 
 
 class PlainOperations:
-    """The four operations in plain torch.
+    """The operations in plain torch.
 
     Attributes:
         compute: A key of ``PRODUCT_DTYPES``.
