@@ -14,7 +14,7 @@ import torch
 from export.hidden_states import LONGEST_TOKENS, STAGES
 from export.sources import Source
 from lowmem.artifact.config import ModelConfig
-from lowmem.compute.torch_engine import is_out_of_memory
+from lowmem.compute.out_of_memory import is_out_of_memory
 from lowmem.errors import BackendError, CapacityError
 from lowmem.hardware import Hardware
 

@@ -143,7 +143,8 @@ class _CudaSlot(_Slot):
 
     def __init__(self, checkpoint: Checkpoint, size: int, drops_cache: bool) -> None:
         super().__init__(checkpoint, size, drops_cache)
-        self._device_bytes = torch.empty(size, dtype=torch.uint8, device="cuda")
+        with torch.inference_mode(False):  # the caller's would forbid the reader to write to it
+            self._device_bytes = torch.empty(size, dtype=torch.uint8, device="cuda")
         self._stream = torch.cuda.Stream()
         self._copied = torch.cuda.Event()
         self._used = torch.cuda.Event()

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from lowmem.compute.operations.cuda import cuda_operations
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
 from lowmem.compute.operations.products import check_float32
+from lowmem.compute.out_of_memory import is_out_of_memory
 from lowmem.compute.prefixes import PrefixCache
 from lowmem.compute.streaming import LayerStream
 from lowmem.errors import BackendError, CapacityError
@@ -32,7 +34,6 @@ from lowmem.text.batching import PREFIX_TOKENS, PackedBatch
 logger = logging.getLogger(__name__)
 
 # torch says only in words that the host's memory, or that of cuBLAS, is used up.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 
 class TorchEngine:
@@ -83,7 +84,8 @@ class TorchEngine:
         self._config = checkpoint.config
         self._contract = contract
         self._device = device
-        self._ops = _operations(checkpoint.config, device, compute)
+        # Triton launches on whichever card is a thread's current one.
+        self._card = torch.cuda.current_device() if device == "cuda" else None
         self._is_resident = schedule == "resident"
         self._prefixes = PrefixCache(PREFIX_TOKENS)
         self._rounds_prefixes = rounds_prefixes
@@ -92,16 +94,20 @@ class TorchEngine:
         self._most_tokens: int | None = None
         if self._is_resident:
             kept_layers = checkpoint.config.num_hidden_layers
+        is_full = False
         try:
+            self._ops = _operations(checkpoint.config, device, compute)
             self._ends = _load_ends(checkpoint, device)
             self._layers = LayerStream(checkpoint, device, kept_layers, drops_cache=drops_cache)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            is_full = True
+        if is_full:  # out here, where no traceback holds the weights that did fit
             raise CapacityError(
                 f"the weights of {checkpoint.directory.name} do not fit the {device} device: "
                 "choose a smaller variant, or --schedule streamed"
-            ) from error
+            )
 
     @property
     def waited_seconds(self) -> float:
@@ -126,7 +132,8 @@ class TorchEngine:
         """
         check_float32()
         no_autocast = torch.autocast(self._device, enabled=False)
-        with self._one_pass, torch.inference_mode(), no_autocast:
+        card = nullcontext() if self._card is None else torch.cuda.device(self._card)
+        with self._one_pass, card, torch.inference_mode(), no_autocast:
             if on_layer is not None:
                 return self._run(batches, on_layer)
             parts = [[batch] for batch in batches] if self._is_resident else [batches]
@@ -204,10 +211,3 @@ def _load_ends(checkpoint: Checkpoint, device: str) -> Ends:
         return ends
     latents = LatentAttention.load(checkpoint.latent_attention(), shape, device)
     return replace(ends, latent_attention=latents)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that memory is used up, the host's or a device's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in _OUT_OF_MEMORY
-    )

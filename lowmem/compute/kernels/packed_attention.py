@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowmem.compute import attention
 from lowmem.compute.attention import Run, Spans
+from lowmem.compute.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def find_kernel(dtype: torch.dtype, head_dim: int, device: str) -> Kernel | None
         try:
             agrees = _agrees(kernel, dtype, head_dim, device)
         except (ImportError, AttributeError, RuntimeError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise  # which says nothing of the kernel
             logger.info("%s attention does not run here: %s", kernel.__name__, error)
             continue
         if agrees:

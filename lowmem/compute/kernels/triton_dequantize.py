@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.formats.bnb_nf4 import CODE_BOOK
-from lowmem.compute.operations.linear import Linear
+from lowmem.compute.operations.linear import Linear, largest_to_scales
 
 _BLOCK_BYTES = 2048
 
@@ -32,7 +32,7 @@ def dequantize_into(weight: Tensor, linear: Linear) -> None:
     if isinstance(form, Int8Channel):
         codes, scales = tensors["weight"], tensors["weight_scale"]
     elif isinstance(form, BnbInt8):
-        codes, scales = tensors["weight"], tensors["SCB"] / 127
+        codes, scales = tensors["weight"], largest_to_scales(tensors["SCB"])
     elif isinstance(form, IntGrouped):
         codes, scales = tensors["weight_packed"].view(torch.uint8), tensors["weight_scale"]
     else:

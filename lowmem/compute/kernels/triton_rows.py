@@ -67,7 +67,9 @@ def _prepare(
     largest = LARGEST_CODE.get(dtype, 0.0)
     total = tokens + (exact_rows if largest else 0)
     values = torch.empty(total, features, dtype=dtype, device=states.device)
-    scales = torch.empty(total, device=states.device) if largest else None
+    scales = None
+    if largest:
+        scales = torch.empty(total, dtype=torch.float32, device=states.device)
     block = triton.next_power_of_2(features)
     warps = min(16, max(1, block // 512))
     return (
@@ -141,7 +143,9 @@ def _write_codes(
     """Rounds one row, and returns what that leaves of it."""
     # A maximum passes over NaN; 0 times infinity or NaN is NaN, and so becomes the scale.
     poison = tl.sum(values * 0.0, 0)
-    scale = tl.maximum(tl.max(tl.abs(values), 0) / LARGEST, _TINY) + poison
+    # A plain division is not exact on a card.
+    parts = tl.div_rn(tl.abs(values), tl.zeros_like(values) + LARGEST)
+    scale = tl.maximum(tl.max(parts, 0), _TINY) + poison
     quotients = tl.div_rn(values, tl.zeros_like(values) + scale)
     if codes.dtype.element_ty == tl.int8:
         rounded = (quotients + _ROUND_TO_ONES) - _ROUND_TO_ONES

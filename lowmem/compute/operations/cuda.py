@@ -30,6 +30,7 @@ from lowmem.compute.operations.cuda_products import (
 )
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear
+from lowmem.compute.out_of_memory import is_out_of_memory
 from lowmem.compute.plan import (
     DEVICE_CHUNK_TOKENS,
     INT8_CAPABILITY,
@@ -240,6 +241,8 @@ def triton_works(device: str) -> bool:
             kernels, device
         ) and cuda_selftest.weights_are_right(dequantize, device)
     except (TritonError, RuntimeError, OSError, SubprocessError) as error:
+        if is_out_of_memory(error):
+            raise  # which says nothing of Triton
         logger.warning("Triton does not work here, kernels of torch serve: %s", error)
         return False
     if not is_right:
@@ -266,6 +269,8 @@ def _checked_product(name: str) -> CodesProduct:
             multiply = library_products.multiply_fp8
             is_right = cuda_selftest.fp8_is_right(multiply, "cuda")
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise BackendError(f"torch has no 8-bit product for this card ({name}): {error}") from error
     if not is_right:
         raise BackendError(f"torch's 8-bit product is wrong on this card ({name})")

@@ -23,9 +23,10 @@ from lowmem.compute.operations.cuda_products import CodesProduct, Dequantize
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear, to_torch
 
-# (rows, outputs, inputs): one row, no multiple of any tile, more than one tile of each. Two sums of
-# 127 * 128 over these inputs stay below 2^24, so float32 holds every one of them.
-_SHAPES = ((1, 16, 32), (37, 136, 272), (300, 272, 496))
+# (rows, outputs, inputs): one row, no multiple of any tile, more than one tile of each, and inputs
+# that fill every tile, as a model's do. Two sums of 127 * 128 over these inputs stay below 2^24, so
+# float32 holds every one of them.
+_SHAPES = ((1, 16, 32), (37, 136, 272), (300, 272, 496), (300, 272, 512))
 # The formats that a kernel turns into weights, and a shape that is no multiple of its block.
 _STORED = (Int8Channel(), BnbInt8(), LOW, HIGH, BnbNf4())
 _STORED_SHAPE = (50, 192)

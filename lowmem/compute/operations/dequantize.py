@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.formats.bnb_nf4 import CODE_BOOK
-from lowmem.compute.operations.linear import Linear
+from lowmem.compute.operations.linear import Linear, largest_to_scales
 
 _BLOCK_ELEMENTS = 2**18
 _DEVICE_BLOCK_ELEMENTS = 2**22  # enough to occupy a card, and little beside the weight itself
@@ -99,7 +99,7 @@ def _dequantize_rows(block: Tensor, linear: Linear, begin: int, end: int) -> Non
     elif isinstance(form, Int8Channel):
         torch.mul(tensors["weight"][begin:end], tensors["weight_scale"][begin:end], out=block)
     elif isinstance(form, BnbInt8):
-        scales = tensors["SCB"][begin:end, None] / 127
+        scales = largest_to_scales(tensors["SCB"][begin:end, None])
         torch.mul(tensors["weight"][begin:end], scales, out=block)
     elif isinstance(form, IntGrouped):
         packed = tensors["weight_packed"][begin:end].view(torch.uint8)

@@ -40,7 +40,15 @@ class Linear:
         """
         if isinstance(self.format, Int8Channel):
             return self.tensors["weight_scale"][:, 0]
-        return self.tensors["SCB"] / 127 if isinstance(self.format, BnbInt8) else None
+        return largest_to_scales(self.tensors["SCB"]) if isinstance(self.format, BnbInt8) else None
+
+
+def largest_to_scales(largest: Tensor) -> Tensor:
+    """Scales of codes whose 127 stands for the largest: a true division, on every device.
+
+    By a number CUDA does not divide: it multiplies by what 1 / 127 is rounded to.
+    """
+    return largest / torch.full_like(largest, 127)
 
 
 def to_torch(raw: RawTensor, device: str = "cpu") -> Tensor:
