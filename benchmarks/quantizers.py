@@ -86,7 +86,8 @@ def with_absolute_errors() -> None:
     def ones(self: export.calibration.Calibration, texts: Texts) -> Any:
         return (torch.ones(rows.stop - rows.start, 1) for rows in texts.rows)
 
-    export.calibration.Calibration._token_weights = ones  # type: ignore[method-assign]  # a step is left out
+    # A step is left out, so a method is replaced.
+    export.calibration.Calibration._token_weights = ones  # type: ignore[method-assign]
 
 
 def with_one_ridge() -> None:
@@ -111,7 +112,8 @@ def without_first_tokens() -> None:
             weight[starts] = 0
             yield weight
 
-    export.calibration.Calibration._token_weights = without  # type: ignore[method-assign]  # a step is left out
+    # As above.
+    export.calibration.Calibration._token_weights = without  # type: ignore[method-assign]
 
 
 def with_equal_tokens() -> None:

@@ -183,11 +183,7 @@ def export(
             work = work_digest(identity, contract, jobs, copy=copy, device=device)
             finished = workspace.finished(work)
             kept = kept_files(finished, jobs, source, workspace.partial, progress)
-            needed_bytes = _needed_bytes(jobs, source, bundle, copy)
-            steered_jobs = sum(job.is_calibrated for job in jobs)
-            if steered_jobs:
-                tokens = sum(len(text.input_ids) for text in texts())
-                needed_bytes += scratch_bytes(config, tokens, steered_jobs)
+            needed_bytes = _needed_bytes(jobs, source, bundle, copy, texts)
             workspace.begin([job.name for job in jobs], needed_bytes, work, kept)
             if not kept:
                 finished = {}
@@ -299,8 +295,17 @@ def _tokenized(
     return encoded
 
 
-def _needed_bytes(jobs: Sequence[Job], source: Source, bundle: Path, copy: bool) -> int:
+def _needed_bytes(
+    jobs: Sequence[Job],
+    source: Source,
+    bundle: Path,
+    copy: bool,
+    texts: Callable[[], Sequence[EncodedText]],
+) -> int:
     needed = 0
+    if calibrated := sum(job.is_calibrated for job in jobs):
+        tokens = sum(len(text.input_ids) for text in texts())
+        needed += scratch_bytes(source.config, tokens, calibrated)
     latents = source.config.latent_attention
     folded = 0 if latents is None else latents.folded_bytes(source.config.hidden_size)
     place = nearest_directory(bundle)

@@ -1,6 +1,8 @@
-"""Linears of every format with random codes, as they would come from a file."""
+"""Linears as they would come from a file: random codes of every format, and 16-bit weights."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lowmem.artifact.formats import (
     BnbInt8,
@@ -64,3 +66,13 @@ def random_weights(form: Format, rows: int, columns: int, seed: int = 0) -> Line
     # As from a file: torch warns of arrays that cannot be written.
     tensors = {name: RawTensor(raw.dtype, raw.array.copy()) for name, raw in tensors.items()}
     return LinearWeights(form, rows, columns, tensors)
+
+
+def uneven_weight(rows: int, columns: int) -> Tensor:
+    """float16 of the size that weights have, with rows of other sizes and a few that stand out."""
+    noise = np.random.default_rng(7)
+    values = (
+        0.05 * noise.standard_normal((rows, columns)) * np.exp(noise.standard_normal((rows, 1)))
+    )
+    values[noise.random(values.shape) < 0.001] *= 20
+    return torch.from_numpy(values).half()

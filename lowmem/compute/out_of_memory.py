@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# The last one is what is said where not even the library's own workspace fits.
+# torch says only in words that the host's memory, or that of cuBLAS, is used up. The last one is
+# said where not even the library's own workspace fits.
 _WORDS = (
     "DefaultCPUAllocator",
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -32,8 +31,6 @@ from lowmem.errors import BackendError, CapacityError
 from lowmem.text.batching import PREFIX_TOKENS, PackedBatch
 
 logger = logging.getLogger(__name__)
-
-# torch says only in words that the host's memory, or that of cuBLAS, is used up.
 
 
 class TorchEngine:
@@ -132,7 +129,7 @@ class TorchEngine:
         """
         check_float32()
         no_autocast = torch.autocast(self._device, enabled=False)
-        card = nullcontext() if self._card is None else torch.cuda.device(self._card)
+        card = contextlib.nullcontext() if self._card is None else torch.cuda.device(self._card)
         with self._one_pass, card, torch.inference_mode(), no_autocast:
             if on_layer is not None:
                 return self._run(batches, on_layer)

@@ -219,12 +219,11 @@ def judge(collection: Collection, reference: Vectors, vectors: Vectors) -> dict[
 
 
 def _without(ranked: Indices, itself: Indices) -> Indices:
-    """Each query's documents less itself, int64 [queries, depth - 1], the order kept."""
-    depth = min(DEPTH, ranked.shape[1])
-    is_other = (ranked != itself[:, None]) | (itself[:, None] == neighbours.NOTHING)
+    """Each query's documents less itself, at most ``DEPTH``, the order kept."""
+    is_other = ranked != itself[:, None]
     order = np.argsort(~is_other, axis=1, kind="stable")
     moved: Indices = np.where(is_other, ranked, neighbours.NOTHING)
-    result: Indices = np.take_along_axis(moved, order, axis=1)[:, :depth]
+    result: Indices = np.take_along_axis(moved, order, axis=1)[:, :DEPTH]
     return result
 
 

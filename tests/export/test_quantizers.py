@@ -13,6 +13,7 @@ from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGro
 from lowmem.artifact.formats import bnb_nf4 as nf4_layout
 from lowmem.artifact.tensors import RawTensor
 from lowmem.errors import BundleError
+from tests.stored_weights import uneven_weight
 from tests.tolerances import (
     UNIT_ROUNDOFF,
     summed_squares_slack,
@@ -310,7 +311,7 @@ def test_groups_that_do_not_fill_a_row_are_refused_with_the_module() -> None:
 
 @pytest.mark.parametrize("form", FORMATS, ids=repr)
 def test_blocks_of_rows_change_nothing(form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = _random(37, 192)
+    weight = uneven_weight(37, 192)
     whole = quantize(weight, form, PLACE)
     for elements in (1, 192 * 5, 192 * 36):
         monkeypatch.setattr(data_free, "_BLOCK_ELEMENTS", elements)
@@ -319,7 +320,7 @@ def test_blocks_of_rows_change_nothing(form: Format, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("form", FORMATS, ids=repr)
 def test_a_dtype_that_holds_the_same_numbers_changes_nothing(form: Format) -> None:
-    weight = _random(5, 128).bfloat16().half()  # fits both
+    weight = uneven_weight(5, 128).bfloat16().half()  # fits both
     expected = quantize(weight, form, PLACE)
     _assert_equal(quantize(weight.bfloat16(), form, PLACE), expected)
     _assert_equal(quantize(weight.float(), form, PLACE), expected)
@@ -327,23 +328,13 @@ def test_a_dtype_that_holds_the_same_numbers_changes_nothing(form: Format) -> No
 
 @pytest.mark.parametrize("form", FORMATS, ids=repr)
 def test_quantizing_leaves_the_weight_and_the_threads_as_they_were(form: Format) -> None:
-    weight, threads = _random(5, 128).float(), torch.get_num_threads()
+    weight, threads = uneven_weight(5, 128).float(), torch.get_num_threads()
     before = weight.clone()
     quantize(weight, form, PLACE)
     assert torch.equal(weight, before)
     with pytest.raises(BundleError):
         quantize(torch.full((5, 128), torch.nan), form, PLACE)
     assert torch.get_num_threads() == threads
-
-
-def _random(rows: int, columns: int) -> Tensor:
-    """float16 of the size that weights have, with rows of other sizes and a few that stand out."""
-    noise = np.random.default_rng(7)
-    values = (
-        0.05 * noise.standard_normal((rows, columns)) * np.exp(noise.standard_normal((rows, 1)))
-    )
-    values[noise.random(values.shape) < 0.001] *= 20
-    return torch.from_numpy(values).half()
 
 
 def _assert_equal(found: dict[str, RawTensor], expected: dict[str, RawTensor]) -> None:

@@ -42,8 +42,8 @@ def test_equal_texts_are_one_and_no_neighbours_of_one_another() -> None:
     generator = np.random.default_rng(4)
     first_rows = np.arange(330) // 11 * 11
     before, now = (
-        neighbours.find(generator.standard_normal((330, 8)).astype(np.float32)[first_rows], 10, of)
-        for of in (first_rows, first_rows)
+        neighbours.find(vectors[first_rows], 10, first_rows)
+        for vectors in generator.standard_normal((2, 330, 8)).astype(np.float32)
     )
     assert not (before.nearest // 11 == np.arange(330)[:, None] // 11).any()
     assert (before.nearest % 11 == 0).all()

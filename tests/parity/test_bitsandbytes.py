@@ -4,11 +4,11 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from export.quantizers.data_free import quantize
 from lowmem.artifact.formats import BnbInt8, BnbNf4
 from lowmem.artifact.formats import bnb_nf4 as nf4_layout
+from tests.stored_weights import uneven_weight
 from tests.tolerances import BITSANDBYTES_INT8_TIE, BITSANDBYTES_NF4_TIE, UNIT_ROUNDOFF
 
 PLACE = "layers.3.mlp.up_proj"
@@ -17,7 +17,7 @@ U = UNIT_ROUNDOFF["fp32"]
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_int8_rows_are_those_of_bitsandbytes_but_for_ties(dtype: torch.dtype) -> None:
-    weight = _random(64, 512).to(dtype)
+    weight = uneven_weight(64, 512).to(dtype)
     codes, absmax, _ = bnb.int8_vectorwise_quant(weight.clone())
     ours = quantize(weight, BnbInt8(), PLACE)
     np.testing.assert_array_equal(ours["SCB"].array, absmax.numpy(), strict=True)
@@ -32,7 +32,7 @@ def test_int8_rows_are_those_of_bitsandbytes_but_for_ties(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_nf4_codes_are_those_of_bitsandbytes_but_for_ties(dtype: torch.dtype) -> None:
-    weight = _random(64, 512).to(dtype)
+    weight = uneven_weight(64, 512).to(dtype)
     weight[3, 64:128] = 0
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     ours = quantize(weight, BnbNf4(), PLACE)
@@ -51,7 +51,7 @@ def test_nf4_codes_are_those_of_bitsandbytes_but_for_ties(dtype: torch.dtype) ->
 
 
 def test_bitsandbytes_restores_our_int8_bytes_to_what_we_restore() -> None:
-    tensors = quantize(_random(64, 512), BnbInt8(), PLACE)
+    tensors = quantize(uneven_weight(64, 512), BnbInt8(), PLACE)
     theirs = bnb.int8_vectorwise_dequant(
         torch.from_numpy(tensors["weight"].array), torch.from_numpy(tensors["SCB"].array)
     )
@@ -63,7 +63,7 @@ def test_bitsandbytes_restores_our_int8_bytes_to_what_we_restore() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_bitsandbytes_restores_our_nf4_bytes_to_what_we_restore(dtype: torch.dtype) -> None:
     form = BnbNf4(dtype=str(dtype).removeprefix("torch."))
-    weight = _random(64, 512)
+    weight = uneven_weight(64, 512)
     tensors = quantize(weight, form, PLACE) | form.constants(*weight.shape)
     stored = {name: torch.from_numpy(raw.array.copy()) for name, raw in tensors.items()}
     packed = stored.pop("weight")
@@ -74,13 +74,3 @@ def test_bitsandbytes_restores_our_nf4_bytes_to_what_we_restore(dtype: torch.dty
     theirs = bnb.dequantize_4bit(packed, state)
     assert theirs.dtype == dtype
     assert torch.equal(theirs, torch.from_numpy(form.dequantize(tensors)).to(dtype))
-
-
-def _random(rows: int, columns: int) -> Tensor:
-    """float16 of the size that weights have, with rows of other sizes and a few that stand out."""
-    noise = np.random.default_rng(7)
-    values = (
-        0.05 * noise.standard_normal((rows, columns)) * np.exp(noise.standard_normal((rows, 1)))
-    )
-    values[noise.random(values.shape) < 0.001] *= 20
-    return torch.from_numpy(values).half()
