@@ -322,7 +322,7 @@ def stacked(linears: Mapping[str, LinearWeights], stage: Stage, device: str) -> 
     """The weights of a stage as engines see them, float32, one above the other, on a device."""
     loaded = [Linear.load(linears[name], lambda raw: to_torch(raw, device)) for name in stage]
     rows = [linear.out_features for linear in loaded]
-    stacked = torch.empty(sum(rows), loaded[0].in_features, device=device)
+    stacked = torch.empty(sum(rows), loaded[0].in_features, dtype=torch.float32, device=device)
     for part, linear in zip(stacked.split(rows), loaded, strict=True):
         dequantize_into(part, linear)
     return stacked

@@ -123,7 +123,7 @@ class _Slot:
         """All of the layer's arithmetic has been asked for."""
 
     def _allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def _read(self, stored: StoredTensor) -> RawTensor:
         begin = self._end
@@ -171,7 +171,7 @@ class _CudaSlot(_Slot):
         self._used.record(torch.cuda.current_stream())
 
     def _allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def _place(self, raw: RawTensor) -> Tensor:
         """The device's view of what lies at the same place in the host's buffer."""

@@ -19,6 +19,9 @@ from lowmem.artifact.variants import VARIANTS
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute import engine as engine_module
 from lowmem.compute.engine import Runner, shortest_prefix, unit_length
+from lowmem.compute.operations.dequantize import _int4_pairs, _nf4_pairs
+from lowmem.compute.operations.int8 import is_exact_and_faster
+from lowmem.compute.operations.products import _fastest_float32
 from lowmem.compute.plan import Plan
 from lowmem.compute.torch_engine import TorchEngine
 from lowmem.errors import BackendError, BundleError
@@ -323,6 +326,31 @@ def test_autocast_changes_no_vector_of_this_pass_or_a_later_one(bundle: Bundle) 
     expected = runner(bundle).embed(texts, normalize=True)
     assert np.array_equal(within, expected)
     assert cosine_distances(model.embed(texts, normalize=True), expected).max() < INVARIANCE
+
+
+@pytest.mark.parametrize(
+    ("variant", "compute"),
+    [("fp16", "fp32"), ("int4", "fp32"), ("bnb-nf4", "fp32"), ("int8", "int8")],
+)
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+def test_what_the_caller_makes_tensors_of_by_default_changes_no_vector(
+    bundle: Bundle, variant: str, compute: str, schedule: str
+) -> None:
+    expected_of = runner(bundle, variant, compute, schedule=schedule)
+    texts = encoded(expected_of)
+    expected = expected_of.embed(texts, normalize=True)
+    for remembered in (_fastest_float32, _int4_pairs, _nf4_pairs, is_exact_and_faster):
+        remembered.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        found = runner(bundle, variant, compute, schedule=schedule).embed(texts, normalize=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    # A trial may choose the other of two libraries.
+    allowed = INVARIANCE * (ROUNDED_INVARIANCE_FACTOR if compute == "int8" else 1)
+    assert cosine_distances(found, expected).max() < allowed
 
 
 def test_products_that_become_coarser_later_are_refused(bundle: Bundle) -> None:

@@ -159,16 +159,16 @@ def _parameters(function: Callable[..., object]) -> frozenset[str]:
 def _layout(runs: tuple[Run, ...], first_key: int | None, pooled_only: bool, device: str) -> Layout:
     """Where texts of some runs lie; ``first_key`` is the first of their own, behind prefixes."""
     each = [run for run in runs for _ in range(run.texts)]
-    lengths = torch.tensor([run.length for run in each])
+    lengths = torch.tensor([run.length for run in each], device="cpu")
     queries = torch.ones_like(lengths) if pooled_only else lengths
-    keys = lengths + torch.tensor([run.prefix_tokens for run in each])
+    keys = lengths + torch.tensor([run.prefix_tokens for run in each], device="cpu")
     rows = None
     if first_key is not None:
         begins = first_key + lengths.cumsum(0) - lengths
         pieces = []
         for run, begin in zip(each, begins.tolist(), strict=True):
-            pieces.append(torch.arange(run.prefix_begin, run.prefix_end))
-            pieces.append(torch.arange(begin, begin + run.length))
+            pieces.append(torch.arange(run.prefix_begin, run.prefix_end, device="cpu"))
+            pieces.append(torch.arange(begin, begin + run.length, device="cpu"))
         rows = torch.cat(pieces).to(device)
     return Layout(
         _edges(queries, device), _edges(keys, device), int(queries.max()), int(keys.max()), rows
@@ -176,7 +176,7 @@ def _layout(runs: tuple[Run, ...], first_key: int | None, pooled_only: bool, dev
 
 
 def _edges(counts: Tensor, device: str) -> Tensor:
-    edges = torch.zeros(len(counts) + 1, dtype=torch.int32)
+    edges = torch.zeros(len(counts) + 1, dtype=torch.int32, device="cpu")
     edges[1:] = counts.cumsum(0)
     return edges.to(device)
 
@@ -196,7 +196,9 @@ def _agrees(kernel: Kernel, dtype: torch.dtype, head_dim: int, device: str) -> b
         tokens = sum(sum(lengths) for _, lengths in sections)
         keys = full.prefix_tokens + tokens
         query, key, value = (
-            torch.randn(count, heads, head_dim, generator=generator).to(dtype)
+            torch.randn(
+                *(count, heads, head_dim), generator=generator, dtype=torch.float32, device="cpu"
+            ).to(dtype)
             for count, heads in ((tokens, 4), (keys, 2), (keys, 2))
         )
         query *= 16

@@ -43,13 +43,13 @@ def int8_is_exact(multiply: CodesProduct, device: str) -> bool:
             tokens = rows - exact * (rows > 1)
             expected = codes.double() @ weight.double().T
             expected[: rows - tokens] += expected[tokens:]
-            residual = torch.ones(tokens, outputs, device=device)
+            one = torch.ones((), dtype=torch.float32, device=device)
             got = multiply(
-                Rows(codes.to(device), torch.ones(rows, device=device), tokens),
+                Rows(codes.to(device), one.repeat(rows), tokens),
                 weight.to(device),
-                torch.ones(outputs, device=device),
+                one.repeat(outputs),
                 dtype=torch.float32,
-                residual=residual,
+                residual=one.repeat(tokens, outputs),
             )
             if not torch.equal(got.double().cpu(), expected[:tokens] + 1):
                 return False
@@ -66,7 +66,10 @@ def fp8_is_right(multiply: CodesProduct, device: str) -> bool:
     for rows, outputs, inputs in _SHAPES:
         codes = _extremes((448, -448, 2**-9, 1), rows, inputs).to(fp8)
         weight = _extremes((-448, 13, 0, 2**-6), outputs, inputs).to(fp8)
-        row_scales, scales = (2.0 ** (torch.arange(count) % 7 - 20) for count in (rows, outputs))
+        row_scales, scales = (
+            torch.exp2(torch.arange(count, dtype=torch.float32, device="cpu") % 7 - 20)
+            for count in (rows, outputs)
+        )
         factors = row_scales[:, None].double() * scales.double()
         expected = codes.double() @ weight.double().T * factors
         bound = codes.double().abs() @ weight.double().abs().T * factors * _FP8_ERROR
@@ -130,7 +133,7 @@ def weights_are_right(dequantize: Dequantize, device: str) -> bool:
             tensors[suffix] = RawTensor(spec.dtype, array)
         weights = LinearWeights(form, rows, columns, tensors)
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            expected = torch.empty(rows, columns, dtype=dtype)
+            expected = torch.empty(rows, columns, dtype=dtype, device="cpu")
             dequantize_into(expected, Linear.load(weights, to_torch))
             got = torch.empty(rows, columns, dtype=dtype, device=device)
             dequantize(got, Linear.load(weights, lambda raw: to_torch(raw, device)))
@@ -172,8 +175,8 @@ def _on(device: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def _extremes(values: tuple[float, ...], rows: int, columns: int) -> Tensor:
     """Rows of one value, of two in turn, and of all in a random order."""
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(values), (rows, columns), generator=generator)
-    matrix = torch.tensor(values)[chosen]
+    chosen = torch.randint(len(values), (rows, columns), generator=generator, device="cpu")
+    matrix = torch.tensor(values, dtype=torch.float32, device="cpu")[chosen]
     for row in range(0, rows, 3):
         matrix[row] = values[row // 3 % len(values)]
         if row + 1 < rows:

@@ -135,14 +135,14 @@ def _look_up(block: Tensor, packed: Tensor, pairs: Tensor) -> None:
 @cache
 def _int4_pairs(device: torch.device) -> Tensor:
     """Both codes of every byte, the low nibble first, as pairs of float32 in ``[256]`` float64."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return _as_pairs((byte & 15) - 8, (byte >> 4) - 8, device)
 
 
 @cache
 def _nf4_pairs(device: torch.device) -> Tensor:
     """Both values of every byte, the high nibble first, as pairs of float32 in ``[256]``."""
-    book, byte = torch.from_numpy(CODE_BOOK), torch.arange(256)
+    book, byte = torch.from_numpy(CODE_BOOK), torch.arange(256, device="cpu")
     return _as_pairs(book[byte >> 4], book[byte & 15], device)
 
 

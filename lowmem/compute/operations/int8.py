@@ -161,7 +161,7 @@ def _is_faster() -> bool:
     plain_states, plain_weight, scales = (
         states.float(),
         weight.float(),
-        torch.ones(_TRIAL_TOKENS, 1),
+        torch.ones(_TRIAL_TOKENS, 1, dtype=torch.float32, device="cpu"),
     )
     winner = trials.fastest(
         "8-bit product",
@@ -175,7 +175,8 @@ def _is_faster() -> bool:
 
 def _extremes(values: tuple[int, ...], rows: int, columns: int) -> Tensor:
     """Values in turn, a row long, each row one further on; the first row holds the first alone."""
-    numbers = torch.tensor(values, dtype=torch.int8)
-    table = numbers[torch.arange(rows * columns) % len(numbers)].view(rows, columns)
+    numbers = torch.tensor(values, dtype=torch.int8, device="cpu")
+    places = torch.arange(rows * columns, device="cpu")
+    table = numbers[places % len(numbers)].view(rows, columns)
     table[0] = values[0]
     return table

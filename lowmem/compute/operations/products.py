@@ -67,8 +67,8 @@ def _fastest_float32(threads: int) -> Product:
     """The library for torch with so many threads."""
     if not _has_onednn():
         return F.linear
-    states = torch.ones(_TOKENS, _FEATURES)
-    weight = torch.ones(_FEATURES, _FEATURES)
+    states = torch.ones(_TOKENS, _FEATURES, dtype=torch.float32, device="cpu")
+    weight = torch.ones(_FEATURES, _FEATURES, dtype=torch.float32, device="cpu")
     libraries: dict[str, Product] = {"torch": F.linear, "onednn": onednn}
     winner = trials.fastest(
         "float32 product",
