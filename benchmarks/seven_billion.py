@@ -184,7 +184,6 @@ class Site:
             subject.config,
             subject.dtype,
             formats,
-            has_vnni=hardware.probe().has_vnni,
         )
         ceiling = STREAMED_BYTES if plan.schedule == "streamed" else RESIDENT_BYTES
         if plan.engine == "onnxruntime":

@@ -23,7 +23,7 @@ from lowmem.compute.operations import int8
 from lowmem.compute.operations.cuda import cuda_operations
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
-from lowmem.compute.operations.products import check_float32
+from lowmem.compute.operations.products import check_float32, keeps_code, rows_computed
 from lowmem.compute.out_of_memory import is_out_of_memory
 from lowmem.compute.prefixes import PrefixCache
 from lowmem.compute.streaming import LayerStream
@@ -94,6 +94,7 @@ class TorchEngine:
         is_full = False
         try:
             self._ops = _operations(checkpoint.config, device, compute)
+            self._fills_batches = device == "cpu" and _fills_batches(self._ops, checkpoint.config)
             self._ends = _load_ends(checkpoint, device)
             self._layers = LayerStream(checkpoint, device, kept_layers, drops_cache=drops_cache)
         except (RuntimeError, MemoryError) as error:
@@ -176,6 +177,9 @@ class TorchEngine:
     def _run(
         self, batches: Sequence[PackedBatch], on_layer: Observer | None = None
     ) -> list[NDArray[np.float32]]:
+        given = batches
+        if self._fills_batches and on_layer is None:
+            batches = [batch.filled(rows_computed(batch.tokens)) for batch in batches]
         with contextlib.closing(iter(self._layers)) as layers:
             vectors = run(
                 self._ops,
@@ -188,7 +192,18 @@ class TorchEngine:
                 self._prefixes,
                 rounds_prefixes=self._rounds_prefixes,
             )
-        return [vector.cpu().numpy() for vector in vectors]
+        return [
+            vector[: batch.texts].cpu().numpy()
+            for batch, vector in zip(given, vectors, strict=True)
+        ]
+
+
+def _fills_batches(ops: Operations, config: ModelConfig) -> bool:
+    """Whether products of any number of tokens would each leave something behind."""
+    if not isinstance(ops, PlainOperations) or isinstance(ops, int8.Int8Operations):
+        return False
+    largest = max(rows * columns for rows, columns in config.linears().values())
+    return keeps_code(ops.dtype, largest)
 
 
 def _operations(config: ModelConfig, device: str, compute: str) -> Operations:

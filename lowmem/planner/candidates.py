@@ -216,7 +216,6 @@ def with_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
         subject.config,
         subject.dtype,
         subject.formats[plan.variant],
-        has_vnni=hardware.has_vnni,
         has_triton=has_triton(hardware),
     )
     return plan.with_(host_bytes=host, device_bytes=device)

@@ -43,7 +43,6 @@ def predict(
     dtype: str,
     formats: Mapping[str, Format],
     *,
-    has_vnni: bool = True,
     has_triton: bool = True,
 ) -> tuple[int, int]:
     """Peak memory of a plan.
@@ -53,14 +52,13 @@ def predict(
         config: The model's shape.
         dtype: F16 or BF16, of everything but the linears.
         formats: Format of every linear.
-        has_vnni: Whether the CPU has; without it ONNX Runtime makes unsigned codes of signed ones.
         has_triton: Whether the card has; without it plain kernels hold float32 copies.
 
     Returns:
         Bytes on the host and on the device, the latter 0 for a CPU plan.
     """
     if plan.engine == "onnxruntime":
-        return _onnx(plan, config, formats, has_vnni)
+        return _onnx(plan, config, formats)
     weights = stored_bytes(config, formats)
     layer = largest_layer_bytes(config, formats)
     if plan.device == "cuda":
@@ -187,20 +185,18 @@ def _latent_bytes(config: ModelConfig) -> tuple[int, int]:
     return latents.folded_bytes(hidden), 2 * 3 * latents.inner_size(hidden) * hidden
 
 
-def _onnx(
-    plan: Plan, config: ModelConfig, formats: Mapping[str, Format], has_vnni: bool
-) -> tuple[int, int]:
+def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tuple[int, int]:
     """ONNX Runtime packs codes into a copy of its own, and widens one 16-bit matrix at a time."""
     packed, widened = packed_bytes(plan, config, formats), 0
-    unsigned = largest_unsigned = 0
+    copied = largest_copied = 0
     for module, (rows, columns) in module_shapes(config).items():
         form = formats[module]
         if isinstance(form, Plain):
             widened = max(widened, rows * columns * 4)
-        elif isinstance(form, Int8Channel) and form.rounds_activations and not has_vnni:
+        elif isinstance(form, Int8Channel) and form.rounds_activations:
             if rows * columns < _LARGEST_HEAP_BLOCK_BYTES:
-                unsigned += rows * columns
-            largest_unsigned = max(largest_unsigned, rows * columns)
+                copied += rows * columns
+            largest_copied = max(largest_copied, rows * columns)
     layer = 4 * config.hidden_size + 3 * config.intermediate_size
     folded, pooling = 0, 0
     if config.latent_attention is not None:
@@ -217,11 +213,12 @@ def _onnx(
     # Measured: a little more than the widest moment, for chunks of the arena that fit nothing.
     activations = int(1.1 * widest)
     if plan.device == "cpu":
-        # Unsigned codes are made while the session opens, one matrix at a time. Of small ones the
-        # memory goes back to the heap, too scattered for activations, and the heap keeps what is
-        # below glibc's threshold for giving it back.
-        opening = unsigned + largest_unsigned
-        kept = min(unsigned, 2 * _LARGEST_HEAP_BLOCK_BYTES)
+        # While the session opens codes are copied before they are packed, one matrix at a time:
+        # transposed, and without VNNI made unsigned. Of small ones the memory goes back to the
+        # heap, too scattered for activations, and the heap keeps what is below glibc's threshold
+        # for giving it back.
+        opening = copied + largest_copied
+        kept = min(copied, 2 * _LARGEST_HEAP_BLOCK_BYTES)
         return ONNX_BASE_BYTES + packed + folded + widened + max(activations + kept, opening), 0
     host = ONNX_BASE_BYTES + CUDA_HOST_BYTES
     return host, CUDA_CONTEXT_BYTES + packed + folded + widened + activations

@@ -101,6 +101,23 @@ class PackedBatch:
             masks.append(np.concatenate([unpooled, self.pooling_mask[begin:end]]))
         return _pack(pieces, masks, self.rows, (Section(_NO_PREFIX, self.texts),))
 
+    def filled(self, tokens: int) -> PackedBatch:
+        """The batch with a text of zeros that nobody reads behind it, so that it has such a size.
+
+        Its row is -1; where nothing is missing there is none.
+        """
+        missing = tokens - self.tokens
+        if missing <= 0:
+            return self
+        return PackedBatch(
+            np.append(self.input_ids, np.zeros(missing, np.int64)),
+            np.append(self.position_ids, np.arange(missing)),
+            np.append(self.cu_seqlens, tokens),
+            np.append(self.pooling_mask, np.ones(missing, np.bool_)),
+            np.append(self.rows, -1),
+            (*self.sections, Section(_NO_PREFIX, 1)),
+        )
+
     def _part(self, first: int, last: int) -> PackedBatch:
         begin, end = self.cu_seqlens[first], self.cu_seqlens[last]
         sections, start = [], 0

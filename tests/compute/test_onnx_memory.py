@@ -11,7 +11,6 @@ from export.graph import write_graphs
 from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.plan import Plan
-from lowmem.hardware import probe
 from lowmem.planner.memory import ONNX_BASE_BYTES, predict, stored_bytes
 from tests.bidirectional import NVEMBED, put_own_config, tiny_nvembed
 from tests.models import CONTRACT, tiny_checkpoint
@@ -74,8 +73,8 @@ def test_a_session_holds_its_packed_weights_one_matrix_and_little_else(
     packed = 0 if isinstance(form, Plain) else stored_bytes(opened.config, opened.formats)
     if isinstance(form, IntGrouped):
         packed += 2 * weights // form.group_size  # float16 scales become float32
-    unsigned = weights if isinstance(form, Int8Channel) and not probe().has_vnni else 0
-    allowed = packed + max(unsigned, _LARGEST_MATRIX_BYTES) + _SMALL_BYTES
+    copied = weights if isinstance(form, Int8Channel) else 0  # transposed, or made unsigned
+    allowed = packed + max(copied, _LARGEST_MATRIX_BYTES) + _SMALL_BYTES
     assert allowed < 4 * weights, "a float32 copy of the weights would show"
     assert measured["bytes"] < allowed
     assert not measured["torch"]
@@ -93,8 +92,7 @@ def test_a_session_with_latent_attention_holds_what_is_predicted(
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     opened = Checkpoint(variant)
     plan = Plan("", "onnxruntime", "cpu", "fp32", "resident", batch_tokens=32)
-    has_vnni = probe().has_vnni
-    host, _ = predict(plan, opened.config, "F16", opened.formats, has_vnni=has_vnni)
+    host, _ = predict(plan, opened.config, "F16", opened.formats)
     predicted = host - ONNX_BASE_BYTES
     measured = json.loads(shown.stdout)["bytes"]
     assert 0.7 * predicted < measured < predicted + _SMALL_BYTES

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.tensors import RawTensor, StoredTensor
@@ -19,6 +21,7 @@ from lowmem.artifact.variants import VARIANTS
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute import engine as engine_module
 from lowmem.compute.engine import Runner, shortest_prefix, unit_length
+from lowmem.compute.operations import products
 from lowmem.compute.operations.dequantize import _int4_pairs, _nf4_pairs
 from lowmem.compute.operations.int8 import is_exact_and_faster
 from lowmem.compute.operations.products import _fastest_float32
@@ -351,6 +354,34 @@ def test_what_the_caller_makes_tensors_of_by_default_changes_no_vector(
     # A trial may choose the other of two libraries.
     allowed = INVARIANCE * (ROUNDED_INVARIANCE_FACTOR if compute == "int8" else 1)
     assert cosine_distances(found, expected).max() < allowed
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_texts_of_all_lengths_bring_few_numbers_of_rows_to_onednn(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, compute: str
+) -> None:
+    """What it compiles for each would stay."""
+    seen: set[int] = set()
+    multiply = F.linear
+
+    def noted(states: Tensor, weight: Tensor) -> Tensor:
+        seen.add(len(states))
+        return multiply(states, weight)
+
+    library = noted if compute == "fp32" else multiply
+    monkeypatch.setattr(products, "_fastest_float32", lambda threads, is_large: library)
+    if compute != "fp32":
+        monkeypatch.setattr(products.F, "linear", noted)
+    monkeypatch.setattr(products, "_fused_is_faster", lambda threads: False)
+    model = runner(bundle, compute=compute)
+    ids = encoded(model)[0].input_ids
+    expected = model.embed([EncodedText(ids, 0, 0)], normalize=True)
+    for size in range(1, 90):
+        text = EncodedText(np.append(np.resize(ids, size), ids[-1]), 0, 0)
+        model.embed([text, EncodedText(ids, 0, 0)], normalize=True)
+    assert seen <= set(range(16, 129, 16))
+    again = model.embed([EncodedText(ids, 0, 0)], normalize=True)
+    assert cosine_distances(again, expected).max() < INVARIANCE
 
 
 def test_products_that_become_coarser_later_are_refused(bundle: Bundle) -> None:

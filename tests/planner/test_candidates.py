@@ -64,16 +64,6 @@ def test_8_bit_products_are_there_with_and_without_vnni(engine):
         assert plans(machine)[f"int8-{engine}-cpu-int8-resident"].dropped is None
 
 
-def test_unsigned_codes_of_a_cpu_without_vnni_count_as_memory():
-    name = "int8-onnxruntime-cpu-int8-resident"
-    older = replace(MODERN, cpu_features=("avx2",))
-    less, more = (plans(machine)[name].host_bytes for machine in (MODERN, older))
-    assert less < more
-    between = {"host_free_bytes": (less + more) // 2}
-    assert plans(replace(MODERN, **between))[name].dropped is None
-    assert "memory" in plans(replace(older, **between))[name].dropped
-
-
 def test_packed_codes_do_not_fit_a_small_host_in_onnxruntime():
     assert "memory" in plans(TINY)["int8-onnxruntime-cpu-int8-resident"].dropped
 

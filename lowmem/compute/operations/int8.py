@@ -29,8 +29,9 @@ from lowmem.compute.operations.products import product
 # A matrix of one column is read wrongly, and more than so many products of 127 * 128 may leave
 # int32.
 _IN_FEATURES = range(2, 2**31 // (127 * 128))
-# Fewer rows in a chunk, and products slow down; more, and their sums leave the cache.
-_CHUNK_ROWS, _CHUNK_ROWS_PER_THREAD = 256, 128
+# Fewer rows in a chunk, and products slow down, since each reorders its weight anew; more, and
+# their sums leave the cache.
+_CHUNK_ROWS, _CHUNK_ROWS_PER_THREAD = 768, 128
 
 _TRIAL_TOKENS, _TRIAL_FEATURES = 256, 1024
 

@@ -8,7 +8,6 @@ fast 8-bit kernels saturate.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,13 @@ from lowmem.compute.attention import Spans, attend
 from lowmem.compute.decoder import Rotation, rms_norm
 from lowmem.compute.operations.dequantize import Weights
 from lowmem.compute.operations.linear import Linear
-from lowmem.compute.operations.products import product
+from lowmem.compute.operations.products import (
+    fuses,
+    product,
+    product_times,
+    rows_computed,
+    silu_product,
+)
 from lowmem.compute.plan import CHUNK_BYTES
 
 PRODUCT_DTYPES = {
@@ -97,14 +102,29 @@ class PlainOperations:
     ) -> Tensor:
         """hidden + down(SiLU(gate(n)) * up(n)), n = RMSNorm(hidden), float32."""
         inputs = self._inputs(self._norm(hidden, norm), (gate, up), exact_rows, overwrites=True)
+        is_fused = inputs.row_scales is None and fuses(inputs.states)
+        gated = self._gated_at_once if is_fused else self._gated
+        mixed = gated(inputs, gate, up)
+        del inputs
+        return self.project_add(mixed, down, hidden, exact_rows)
+
+    def _gated(self, inputs: Activations, gate: Linear, up: Linear) -> Tensor:
+        """SiLU(gate(n)) * up(n), rounded to the product's dtype, ``[tokens, intermediate]``."""
         gated = self._product(inputs, self._weights.of(gate))
         weight = self._weights.of(up)
         for rows in chunks(len(gated), chunk_tokens(gated.shape[1])):
             raised = self._product(inputs.of(rows), weight)
             wide = gated[rows].float()  # the rows themselves where they are float32
             gated[rows] = F.silu(wide, inplace=True).mul_(raised)
-        del inputs, weight
-        return self.project_add(gated, down, hidden, exact_rows)
+        return gated
+
+    def _gated_at_once(self, inputs: Activations, gate: Linear, up: Linear) -> Tensor:
+        """The same, by products that end in SiLU and in the multiplication."""
+        gated = silu_product(inputs.states, self._weights.of(gate))
+        weight = self._weights.of(up)
+        for rows in chunks(len(gated), chunk_tokens(gated.shape[1])):
+            gated[rows] = product_times(inputs.states[rows], weight, gated[rows])
+        return gated
 
     def _norm(self, hidden: Tensor, norm: Tensor) -> Tensor:
         return rms_norm(hidden, norm, self._eps)
@@ -141,10 +161,14 @@ def chunk_tokens(features: int) -> int:
 
 
 def chunks(tokens: int, most: int) -> list[slice]:
-    """About equal slices of all tokens, none with more than ``most`` of them."""
-    count = -(-tokens // most)
-    edges = [tokens * number // count for number in range(count + 1)] if count else []
-    return [slice(begin, end) for begin, end in itertools.pairwise(edges)]
+    """Slices of all tokens, none with more than ``most`` of them, and as many in all but the last.
+
+    They are about equal, but of numbers of tokens that :func:`rows_computed` leaves as they are.
+    """
+    if not tokens:
+        return []
+    step = min(most, rows_computed(-(-tokens // -(-tokens // most))))
+    return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
 
 def round_rows(states: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,10 @@ from lowmem.errors import BackendError
 Product = Callable[[Tensor, Tensor], Tensor]
 """``[tokens, in_features]`` and ``(out_features, in_features)`` to ``[tokens, out_features]``."""
 
-_TOKENS, _FEATURES = 256, 1024
+_LEAST_STEP_BITS = 4
+# Libraries that tie on one of these differ on the other: a small model's MLP, and a large one's.
+_SMALL_TRIAL, _LARGE_TRIAL = (1024, 576, 1536), (256, 2048, 2048)
+_LARGE_ELEMENTS = 2**21
 
 
 def check_float32() -> None:
@@ -41,15 +44,84 @@ def check_float32() -> None:
 
 def product(states: Tensor, weight: Tensor) -> Tensor:
     """states @ weightᵀ in the dtype of both, by the fastest library for their device."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.device.type != "cpu":
         return F.linear(states, weight)
-    return _fastest_float32(torch.get_num_threads())(states, weight)
+    multiply: Product = F.linear
+    if weight.dtype == torch.float32:
+        multiply = _library(weight.numel())
+    if not keeps_code(weight.dtype, weight.numel()):
+        return multiply(states, weight)
+    return multiply(filled(states), weight)[: len(states)]
+
+
+def keeps_code(dtype: torch.dtype, weights: int) -> bool:
+    """Whether products on this CPU go to oneDNN, whose code for each number of rows stays.
+
+    Args:
+        dtype: What is multiplied.
+        weights: How many a matrix has.
+    """
+    return dtype != torch.float32 or _library(weights) is not F.linear
+
+
+def _library(weights: int) -> Product:
+    return _fastest_float32(torch.get_num_threads(), weights >= _LARGE_ELEMENTS)
+
+
+def filled(states: Tensor) -> Tensor:
+    """The states with rows of zeros behind them, up to one of few numbers of rows.
+
+    oneDNN compiles code for every number of rows that it meets and keeps it, 0.8 MiB each that lie
+    between larger things in the heap: texts of all lengths would make a process grow by a GiB.
+    """
+    rows = len(states)
+    computed = rows_computed(rows)
+    if computed == rows:
+        return states
+    result = states.new_empty(computed, states.shape[1])
+    result[:rows] = states
+    result[rows:].zero_()
+    return result
+
+
+def rows_computed(rows: int) -> int:
+    """How many rows are multiplied where so many are asked for: up to an eighth or 15 more.
+
+    Of all numbers up to 4096 these are 48.
+    """
+    step = 1 << max(_LEAST_STEP_BITS, (rows - 1).bit_length() - 4)
+    return -(-rows // step) * step
 
 
 def onednn(states: Tensor, weight: Tensor) -> Tensor:
     """oneDNN's product of float32 matrices, as torch's own compiler calls it."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
     return result
+
+
+def fuses(states: Tensor) -> bool:
+    """Whether :func:`silu_product` and :func:`product_times` should multiply such states.
+
+    They leave out passes over results as wide as the MLP. Of float32 they would lose some bits:
+    oneDNN's SiLU is an approximation.
+    """
+    if states.device.type != "cpu" or states.dtype != torch.bfloat16:
+        return False
+    return _fused_is_faster(torch.get_num_threads())
+
+
+def silu_product(states: Tensor, weight: Tensor) -> Tensor:
+    """SiLU(states @ weightᵀ), rounded to the dtype of both after it."""
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    result: Tensor = pointwise(filled(states), weight, None, "swish", [], "")
+    return result[: len(states)]
+
+
+def product_times(states: Tensor, weight: Tensor, other: Tensor) -> Tensor:
+    """(states @ weightᵀ) * other, rounded to the dtype of all three after it."""
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    result: Tensor = pointwise.binary(filled(states), filled(other), weight, None, "mul")
+    return result[: len(states)]
 
 
 def reproducible_product(states: Tensor, weight: Tensor) -> Tensor:
@@ -63,15 +135,44 @@ def _has_onednn() -> bool:
 
 
 @cache
-def _fastest_float32(threads: int) -> Product:
-    """The library for torch with so many threads."""
+def _fastest_float32(threads: int, is_large: bool) -> Product:
+    """The library for torch with so many threads, and for weights of such a size."""
     if not _has_onednn():
         return F.linear
-    states = torch.ones(_TOKENS, _FEATURES, dtype=torch.float32, device="cpu")
-    weight = torch.ones(_FEATURES, _FEATURES, dtype=torch.float32, device="cpu")
+    tokens, inner, outer = _LARGE_TRIAL if is_large else _SMALL_TRIAL
+    states, raised = _ones(tokens, inner), _ones(tokens, outer)
+    up, down = _ones(outer, inner), _ones(inner, outer)
     libraries: dict[str, Product] = {"torch": F.linear, "onednn": onednn}
+
+    def both(multiply: Product) -> None:
+        multiply(states, up)
+        multiply(raised, down)
+
     winner = trials.fastest(
-        "float32 product",
-        {name: partial(multiply, states, weight) for name, multiply in libraries.items()},
+        f"float32 products of {inner} and {outer} features",
+        {name: partial(both, multiply) for name, multiply in libraries.items()},
     )
     return libraries[winner]
+
+
+@cache
+def _fused_is_faster(threads: int) -> bool:
+    """Tries a gated MLP's first two products in bfloat16, with torch on so many threads."""
+    if not _has_onednn():
+        return False
+    tokens, inner, outer = _SMALL_TRIAL
+    states = _ones(tokens, inner, torch.bfloat16)
+    weight = _ones(outer, inner, torch.bfloat16)
+
+    def apart() -> Tensor:
+        gated, raised = F.linear(states, weight), F.linear(states, weight)
+        return F.silu(gated.float(), inplace=True).mul_(raised).to(torch.bfloat16)
+
+    def fused() -> Tensor:
+        return product_times(states, weight, silu_product(states, weight))
+
+    return trials.fastest("gated bfloat16 product", {"apart": apart, "fused": fused}) == "fused"
+
+
+def _ones(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(rows, columns, dtype=dtype, device="cpu")
