@@ -31,6 +31,10 @@ _LARGEST_HEAP_BLOCK_BYTES = 32 * MIB
 # varies by 60 MiB from run to run.
 _LARGE_PRODUCTS_BYTES = 135 * MIB
 
+# Code that oneDNN compiles for 16-bit products and keeps, and the buffers into which it reorders
+# them: measured with AMX.
+_COMPILED_BYTES = 28 * MIB
+
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
 _LATENT_BLOCK_BYTES = 64 * MIB
 
@@ -74,6 +78,8 @@ def predict(
     if plan.device == "cpu":
         widest = PRODUCT_BYTES[plan.compute] * config.intermediate_size * plan.batch_tokens
         besides = _LARGE_PRODUCTS_BYTES if widest >= _LARGEST_HEAP_BLOCK_BYTES else 0
+        if PRODUCT_BYTES[plan.compute] == 2:
+            besides += _COMPILED_BYTES
         return TORCH_BASE_BYTES + folded + streamed + work + besides, 0
     resident = weights if plan.schedule == "resident" else plan.kept_layers * layer
     # torch rounds pinned memory up to powers of two.
