@@ -46,9 +46,7 @@ def product(states: Tensor, weight: Tensor) -> Tensor:
     """states @ weightᵀ in the dtype of both, by the fastest library for their device."""
     if weight.device.type != "cpu":
         return F.linear(states, weight)
-    multiply: Product = F.linear
-    if weight.dtype == torch.float32:
-        multiply = _library(weight.numel())
+    multiply = _library(weight.numel()) if weight.dtype == torch.float32 else F.linear
     if not keeps_code(weight.dtype, weight.numel()):
         return multiply(states, weight)
     return multiply(filled(states), weight)[: len(states)]
