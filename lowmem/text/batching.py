@@ -104,7 +104,8 @@ class PackedBatch:
     def filled(self, tokens: int) -> PackedBatch:
         """The batch with a text of zeros that nobody reads behind it, so that it has such a size.
 
-        Its row is -1; where nothing is missing there is none.
+        It has a section of its own, without a prefix, and the row -1; where nothing is missing
+        there is none.
         """
         missing = tokens - self.tokens
         if missing <= 0:

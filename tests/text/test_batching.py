@@ -200,6 +200,18 @@ def test_the_shape_of_batches_does_not_depend_on_the_order_of_texts(order: Seque
     assert [np.diff(batch.cu_seqlens).tolist() for batch in batches] == [[9], [5, 3, 2]]
 
 
+@pytest.mark.parametrize("shortest", [None, 1])
+def test_a_filled_batch_has_the_same_texts_and_one_more(shortest: int | None) -> None:
+    texts = [text([1, 7, 7, *range(size)], 3) for size in (2, 5, 9)]
+    (batch,) = pack(texts, 100, shortest_prefix=shortest)
+    filled = batch.filled(64)
+    assert (filled.tokens, filled.texts, filled.rows[-1]) == (64, 4, -1)
+    assert pieces(filled)[:-1] == pieces(batch)
+    assert pieces(filled)[-1][2] == list(range(64 - batch.tokens))
+    assert len(filled.sections[-1].prefix) == 0
+    assert batch.filled(batch.tokens) is batch
+
+
 def test_no_texts_give_no_batches() -> None:
     assert pack([], 100) == []
     assert duplicates([]).tolist() == []

@@ -19,8 +19,10 @@ from lowmem.errors import BackendError
 Product = Callable[[Tensor, Tensor], Tensor]
 """``[tokens, in_features]`` and ``(out_features, in_features)`` to ``[tokens, out_features]``."""
 
+# Numbers of rows are multiples of 16, of large ones multiples of a larger power of two.
 _LEAST_STEP_BITS = 4
-# Libraries that tie on one of these differ on the other: a small model's MLP, and a large one's.
+# Libraries that tie on one of these differ on the other: tokens and features of a small model's
+# MLP, and of a large one's, whose matrices have at least so many weights.
 _SMALL_TRIAL, _LARGE_TRIAL = (1024, 576, 1536), (256, 2048, 2048)
 _LARGE_ELEMENTS = 2**21
 
