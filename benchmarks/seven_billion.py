@@ -179,12 +179,7 @@ class Site:
             self._drop_page_cache()
         subject = self.subject()
         formats = subject.formats[plan.variant]
-        predicted, _ = memory.predict(
-            plan,
-            subject.config,
-            subject.dtype,
-            formats,
-        )
+        predicted, _ = memory.predict(plan, subject.config, subject.dtype, formats)
         ceiling = STREAMED_BYTES if plan.schedule == "streamed" else RESIDENT_BYTES
         if plan.engine == "onnxruntime":
             ceiling += memory.packed_bytes(plan, subject.config, formats)

@@ -31,6 +31,10 @@ ONNX_SMOLLM2_COSINE = 10 * PARITY_COSINE
 ATTENTION = 3e-5
 
 
+# How far oneDNN's polynomial is from SiLU, of values of a few tens: far below a rounding to
+# bfloat16 of what is not near zero.
+SILU = 1e-5
+
 # round_rows: the quotient x / scale is at most 127 and off by one rounding before it is rounded to
 # a whole number, so the error is half a scale and that rounding.
 ROUNDED_ROWS = 0.5 + 127 * UNIT_ROUNDOFF["fp32"]

@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from lowmem.compute.operations import products
-from tests.tolerances import UNIT_ROUNDOFF, gamma
+from tests.tolerances import SILU, UNIT_ROUNDOFF, gamma
 
-SILU = 1e-5  # how far oneDNN's polynomial is from SiLU
 SHAPES = [(1, 64, 32), (2, 1, 1), (37, 96, 200), (256, 1536, 576)]
 
 

@@ -46,11 +46,9 @@ def check_float32() -> None:
 
 def product(states: Tensor, weight: Tensor) -> Tensor:
     """states @ weightᵀ in the dtype of both, by the fastest library for their device."""
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or not keeps_code(weight.dtype, weight.numel()):
         return F.linear(states, weight)
     multiply = _library(weight.numel()) if weight.dtype == torch.float32 else F.linear
-    if not keeps_code(weight.dtype, weight.numel()):
-        return multiply(states, weight)
     return multiply(filled(states), weight)[: len(states)]
 
 
