@@ -35,7 +35,7 @@ from lowmem.data import Row
 from lowmem.fidelity import reference
 from lowmem.measure import measure
 from lowmem.planner import memory
-from lowmem.planner.candidates import Subject, Wishes, candidates
+from lowmem.planner.candidates import Subject, Wishes, candidates, with_memory
 
 NAME = "seven-billion"
 MIB, GIB = 2**20, 2**30
@@ -178,11 +178,10 @@ class Site:
         if plan.schedule == "streamed":
             self._drop_page_cache()
         subject = self.subject()
-        formats = subject.formats[plan.variant]
-        predicted, _ = memory.predict(plan, subject.config, subject.dtype, formats)
+        predicted = with_memory(plan, subject, hardware.probe())
         ceiling = STREAMED_BYTES if plan.schedule == "streamed" else RESIDENT_BYTES
         if plan.engine == "onnxruntime":
-            ceiling += memory.packed_bytes(plan, subject.config, formats)
+            ceiling += memory.packed_bytes(plan, subject.config, subject.formats[plan.variant])
         before = read_bytes_of_children()
         vectors = self.vectors(step)
         record = measure(Bundle(self.bundle), plan, texts(), warm_up=False, vectors=vectors)
@@ -198,7 +197,7 @@ class Site:
             "tokens_per_second": round(record.tokens_per_second, 2),
             "read_bytes": read_bytes_of_children() - before,
             "peak_host_bytes": record.peak_host_bytes,
-            "predicted_peak_host_bytes": predicted,
+            "predicted_peak_host_bytes": predicted.host_bytes,
             "ceiling_peak_host_bytes": ceiling,
         }
 

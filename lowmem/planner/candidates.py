@@ -217,6 +217,7 @@ def with_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
         subject.dtype,
         subject.formats[plan.variant],
         has_triton=has_triton(hardware),
+        has_vnni=hardware.has_vnni,
     )
     return plan.with_(host_bytes=host, device_bytes=device)
 

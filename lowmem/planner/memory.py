@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lowmem.artifact.config import ModelConfig
-from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain, linear_bytes
+from lowmem.artifact.formats import BnbInt8, Format, Int8Channel, IntGrouped, Plain, linear_bytes
 from lowmem.artifact.weights import module_shapes
-from lowmem.compute.plan import CHUNK_BYTES, Plan
+from lowmem.compute.plan import (
+    CHUNK_BYTES,
+    INT8_CHUNK_ROWS,
+    INT8_CHUNK_ROWS_PER_THREAD,
+    Plan,
+)
 from lowmem.planner import device_memory
 from lowmem.text.batching import PREFIX_TOKENS
 
@@ -48,6 +53,7 @@ def predict(
     formats: Mapping[str, Format],
     *,
     has_triton: bool = True,
+    has_vnni: bool = False,
 ) -> tuple[int, int]:
     """Peak memory of a plan.
 
@@ -57,6 +63,7 @@ def predict(
         dtype: F16 or BF16, of everything but the linears.
         formats: Format of every linear.
         has_triton: Whether the card has; without it plain kernels hold float32 copies.
+        has_vnni: Whether the processor has; without it plain operations round to 8 bits.
 
     Returns:
         Bytes on the host and on the device, the latter 0 for a CPU plan.
@@ -70,7 +77,7 @@ def predict(
         activations = device_memory.activation_bytes(plan, config, formats, has_triton)
     else:
         scratch = _scratch_bytes(plan, config, formats)
-        activations = _activation_bytes(plan, config)
+        activations = _activation_bytes(plan, config, formats, has_vnni)
     activations = max(activations, _pooling_bytes(plan, config))
     work = scratch + activations + _hidden_bytes(plan, config) + _prefix_bytes(plan, config)
     folded, kept = _latent_bytes(config)
@@ -158,18 +165,35 @@ def _prefix_bytes(plan: Plan, config: ModelConfig) -> int:
     )
 
 
-def _activation_bytes(plan: Plan, config: ModelConfig) -> int:
+def _activation_bytes(
+    plan: Plan, config: ModelConfig, formats: Mapping[str, Format], has_vnni: bool
+) -> int:
     """What the widest moment of a layer holds for one batch: attention's or the MLP's."""
     width = PRODUCT_BYTES[plan.compute]
     hidden, query, key = config.hidden_size, config.query_size, config.key_value_size
     # The residual stream; q, k and v; q and k rotated; the mixed heads, and before them SDPA's.
     attention = 4 * hidden + width * (4 * query + 3 * key)
+    if plan.compute == "int8" and has_vnni and _rounds_every_mlp(formats):
+        # A chunk goes through all three linears: sums, the gate, what meets it, and codes of both.
+        most = max(INT8_CHUNK_ROWS, INT8_CHUNK_ROWS_PER_THREAD * plan.threads)
+        rows = min(plan.batch_tokens, most)
+        chunk = min(CHUNK_BYTES, 4 * rows * config.intermediate_size)
+        return max(plan.batch_tokens * attention, 2 * 4 * hidden * plan.batch_tokens + 4 * chunk)
     # The residual stream, its norm as inputs, and the gate; what meets it goes in two chunks.
     mlp = 4 * hidden + width * (hidden + config.intermediate_size)
     whole = 4 * config.intermediate_size * plan.batch_tokens
     chunk = whole // -(-whole // CHUNK_BYTES)  # equal ones
     chunks = 3 if plan.compute == "int8" else 2  # rounded, what goes into the last product is new
     return max(plan.batch_tokens * attention, plan.batch_tokens * mlp + chunks * chunk)
+
+
+def _rounds_every_mlp(formats: Mapping[str, Format]) -> bool:
+    """Whether every layer's gate and up are codes that meet rounded activations."""
+    return all(
+        isinstance(form, BnbInt8) or (isinstance(form, Int8Channel) and form.rounds_activations)
+        for module, form in formats.items()
+        if module.endswith((".gate_proj", ".up_proj"))
+    )
 
 
 def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:

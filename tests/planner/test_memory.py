@@ -138,6 +138,20 @@ def test_16_bit_weights_in_their_own_dtype_need_no_scratch():
     assert predict("fp16", compute="fp16")[0] < predict("int8", compute="fp16")[0]
 
 
+def with_vnni(variant, formats):
+    plan = Plan(variant, "torch", "cpu", "int8", "resident")
+    return memory.predict(plan, SEVEN_B, "F16", formats, has_vnni=True)[0]
+
+
+def test_8_bit_products_hold_nothing_as_wide_as_the_mlp_for_every_token():
+    formats = formats_for("int8", SEVEN_B, "F16")
+    exact = {"layers.3.mlp.up_proj": Int8Channel(rounds_activations=False)}
+    plain = predict("int8", compute="int8")[0]
+    assert with_vnni("int8", formats) < plain
+    assert with_vnni("int8", formats | exact) == plain
+    assert with_vnni("int4", formats_for("int4", SEVEN_B, "F16")) == plain
+
+
 def test_two_buffers_hold_the_largest_layer_of_a_mixture():
     formats = formats_for("int4", SEVEN_B, "F16")
     mixed = formats | {name: HIGH for name in formats if name.startswith("layers.3.")}
