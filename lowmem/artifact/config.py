@@ -127,6 +127,11 @@ class ModelConfig:
         }
 
     @property
+    def largest_linear(self) -> int:
+        """Weights of the largest linear."""
+        return max(rows * columns for rows, columns in self.linears().values())
+
+    @property
     def linear_weights(self) -> int:
         """Weights of all linears of all layers, in numbers (not bytes)."""
         layer = sum(rows * columns for rows, columns in self.linears().values())

@@ -202,8 +202,7 @@ def _fills_batches(ops: Operations, config: ModelConfig) -> bool:
     """Whether products of any number of tokens would each leave something behind."""
     if not isinstance(ops, PlainOperations) or isinstance(ops, int8.Int8Operations):
         return False
-    largest = max(rows * columns for rows, columns in config.linears().values())
-    return keeps_code(ops.dtype, largest)
+    return keeps_code(ops.dtype, config.largest_linear)
 
 
 def _operations(config: ModelConfig, device: str, compute: str) -> Operations:

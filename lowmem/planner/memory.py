@@ -29,13 +29,9 @@ ONNX_BASE_BYTES = 60 * MIB
 CUDA_CONTEXT_BYTES = 600 * MIB
 CUDA_HOST_BYTES = 900 * MIB
 
-# glibc keeps freed blocks below this size in its heap, where they are too scattered to be given
-# back.
+# By itself glibc keeps freed blocks below this size in its heap, where they are too scattered to be
+# given back.
 _LARGEST_HEAP_BLOCK_BYTES = 32 * MIB
-# What products of matrices above that size, in torch's libraries, take besides: measured, and it
-# varies by 60 MiB from run to run.
-_LARGE_PRODUCTS_BYTES = 135 * MIB
-
 # Code that oneDNN compiles for 16-bit products and keeps, and the buffers into which it reorders
 # them: measured with AMX.
 _COMPILED_BYTES = 28 * MIB
@@ -83,11 +79,8 @@ def predict(
     folded, kept = _latent_bytes(config)
     streamed = 2 * layer if plan.schedule == "streamed" else 0
     if plan.device == "cpu":
-        widest = PRODUCT_BYTES[plan.compute] * config.intermediate_size * plan.batch_tokens
-        besides = _LARGE_PRODUCTS_BYTES if widest >= _LARGEST_HEAP_BLOCK_BYTES else 0
-        if PRODUCT_BYTES[plan.compute] == 2:
-            besides += _COMPILED_BYTES
-        return TORCH_BASE_BYTES + folded + streamed + work + besides, 0
+        compiled = _COMPILED_BYTES if PRODUCT_BYTES[plan.compute] == 2 else 0
+        return TORCH_BASE_BYTES + folded + streamed + work + compiled, 0
     resident = weights if plan.schedule == "resident" else plan.kept_layers * layer
     # torch rounds pinned memory up to powers of two.
     pinned = 2 * (1 << (layer - 1).bit_length()) if plan.schedule == "streamed" else 0
@@ -143,10 +136,9 @@ def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format
     """The one buffer that matrices are dequantized into on a CPU."""
     native = {"bf16": "BF16", "fp16": "F16"}.get(plan.compute)
     is_native = all(isinstance(form, Plain) and form.dtype == native for form in formats.values())
-    largest = max(rows * columns for rows, columns in config.linears().values())
     # oneDNN reorders a 16-bit matrix into a buffer of its own.
     copies = 2 if native is not None and not is_native else 1
-    return copies * largest * PRODUCT_BYTES[plan.compute]
+    return copies * config.largest_linear * PRODUCT_BYTES[plan.compute]
 
 
 def _hidden_bytes(plan: Plan, config: ModelConfig) -> int:

@@ -19,7 +19,8 @@ from lowmem.hardware import Hardware, fingerprint
 from lowmem.hardware.probing import parse_cpu_features, parse_cpu_name
 
 _ROUNDS = 6
-# A form so much slower than the fastest is not tried again.
+# A form so much slower than the fastest is not tried again; but not for its first call, which may
+# have compiled code.
 _HOPELESS = 5.0
 
 
@@ -39,10 +40,10 @@ def fastest(question: str, forms: Mapping[str, Callable[[], object]]) -> str:
     if isinstance(known, str) and known in forms:
         return known
     seconds = dict.fromkeys(forms, float("inf"))
-    for _ in range(_ROUNDS):
+    for turn in range(_ROUNDS):
         least = min(seconds.values())
         for form, call in forms.items():
-            if seconds[form] > _HOPELESS * least:
+            if turn > 1 and seconds[form] > _HOPELESS * least:
                 continue
             start = time.perf_counter()
             call()
