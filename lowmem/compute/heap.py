@@ -18,7 +18,7 @@ _MIB = 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 256 * _MIB
 # Blocks of this size go straight back to the system. By itself glibc ends up at 32 MiB.
-MAPPED_BYTES = 12 * _MIB
+_MAPPED_BYTES = 12 * _MIB
 
 
 @cache
@@ -26,5 +26,5 @@ def keep_freed_memory() -> None:
     """Lets this process keep up to KEPT_BYTES of freed memory; without glibc nothing changes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -16,15 +16,21 @@ TRITON_CAPABILITY = (8, 0)
 SCHEDULES = ("resident", "streamed")
 CHUNK_BYTES = 16 * 2**20
 """Size of a temporary in an operation on a CPU; more tokens than fit go through in chunks."""
-INT8_CHUNK_ROWS, INT8_CHUNK_ROWS_PER_THREAD = 768, 128
-"""Most tokens of a chunk of 8-bit products on a CPU: fewer, and products slow down, since each
-reorders its weight anew; more, and their sums leave the cache."""
 DEVICE_CHUNK_TOKENS = 8192
 """The same on a CUDA device, in tokens: weights are dequantized again for each chunk."""
 PLAIN_DEVICE_CHUNK_TOKENS = 2048
 """The same where plain kernels serve there, which hold float32 copies of what they work on."""
 INT_MM_CHUNK_ROWS = 1024
 """Rows whose 32-bit sums torch's product of 8-bit matrices holds at a time."""
+
+
+def int8_chunk_rows(threads: int) -> int:
+    """Most tokens of a chunk of 8-bit products on a CPU with so many threads.
+
+    Fewer, and products slow down, since each reorders its weight anew; more, and their sums leave
+    the cache.
+    """
+    return max(768, 128 * threads)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,7 @@ from collections.abc import Mapping
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import BnbInt8, Format, Int8Channel, IntGrouped, Plain, linear_bytes
 from lowmem.artifact.weights import module_shapes
-from lowmem.compute.plan import (
-    CHUNK_BYTES,
-    INT8_CHUNK_ROWS,
-    INT8_CHUNK_ROWS_PER_THREAD,
-    Plan,
-)
+from lowmem.compute.plan import CHUNK_BYTES, Plan, int8_chunk_rows
 from lowmem.planner import device_memory
 from lowmem.text.batching import PREFIX_TOKENS
 
@@ -167,8 +162,7 @@ def _activation_bytes(
     attention = 4 * hidden + width * (4 * query + 3 * key)
     if plan.compute == "int8" and has_vnni and _rounds_every_mlp(formats):
         # A chunk goes through all three linears: sums, the gate, what meets it, and codes of both.
-        most = max(INT8_CHUNK_ROWS, INT8_CHUNK_ROWS_PER_THREAD * plan.threads)
-        rows = min(plan.batch_tokens, most)
+        rows = min(plan.batch_tokens, int8_chunk_rows(plan.threads))
         chunk = min(CHUNK_BYTES, 4 * rows * config.intermediate_size)
         return max(plan.batch_tokens * attention, 2 * 4 * hidden * plan.batch_tokens + 4 * chunk)
     # The residual stream, its norm as inputs, and the gate; what meets it goes in two chunks.

@@ -18,11 +18,31 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def page_faults() -> int:
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+GAP = """
+import re, torch
+from lowmem.compute.heap import keep_freed_memory
+def held():
+    status = open("/proc/self/status").read()
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
+torch.set_num_threads(1)
+keep_freed_memory()
+large = torch.ones(2**22)  # 16 MiB
+behind = torch.ones(2**18)
+before = held()
+del large
+print(before - held())
+"""
+
+
+def printed(code: str) -> int:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 def test_what_one_layer_frees_serves_the_next_without_page_faults() -> None:
     pages = 10 * 80 * 2**20 // 4096  # all that ten layers touch
-    assert page_faults() < pages / 10
+    assert printed(CODE) < pages / 10
+
+
+def test_a_large_block_leaves_no_gap_before_what_came_after_it() -> None:
+    assert printed(GAP) > 15 * 2**20

@@ -25,7 +25,7 @@ from lowmem.compute.operations import trials
 from lowmem.compute.operations.linear import Linear
 from lowmem.compute.operations.plain import PlainOperations, chunk_tokens, chunks, round_rows
 from lowmem.compute.operations.products import product
-from lowmem.compute.plan import INT8_CHUNK_ROWS, INT8_CHUNK_ROWS_PER_THREAD
+from lowmem.compute.plan import int8_chunk_rows
 
 # A matrix of one column is read wrongly, and more than so many products of 127 * 128 may leave
 # int32.
@@ -95,7 +95,7 @@ class Int8Operations(PlainOperations):
 
     def _chunks(self, states: Tensor, *linears: Linear) -> list[slice]:
         widest = max(max(linear.in_features, linear.out_features) for linear in linears)
-        most = max(INT8_CHUNK_ROWS, INT8_CHUNK_ROWS_PER_THREAD * torch.get_num_threads())
+        most = int8_chunk_rows(torch.get_num_threads())
         return chunks(len(states), min(most, chunk_tokens(widest)))
 
 
