@@ -39,6 +39,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20
 _MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 2**40
+_PAGE_GROUP_BYTES = 2 * 2**20  # Linux's largest folio of a file where pages have 4 KiB
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,20 @@ class StoredTensor:
             raise BundleError(f"{self.path} cannot be read: {error}") from error
 
     def drop_cached(self) -> None:
-        """Lets the tensor's bytes go from the page cache; those of others on its first page stay.
+        """Lets the tensor's bytes go from the page cache.
+
+        The system keeps pages in groups, and a group stays that is not in the range as a whole.
+        So the range begins where the group may that the tensor's first byte is in; the last group
+        goes with the tensor behind this one.
 
         Raises:
             BundleError: The file has vanished, or is not the one that it was.
         """
+        begin = self.offset - self.offset % _PAGE_GROUP_BYTES
+        length = self.offset + self.nbytes - begin
         try:
             with self._open() as file:
-                os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise BundleError(f"{self.path} cannot be read: {error}") from error
 

@@ -109,12 +109,19 @@ class _Slot:
         self._checkpoint = checkpoint
         self._drops_cache = drops_cache
         self._bytes = self._allocate(size)
+        self._read: list[StoredTensor] = []
         self._end = 0
 
     def fill(self, index: int) -> DecoderLayer:
         """Reads a layer from disk; whatever was here must not be in use any more."""
         self._end = 0
-        return load_layer(self._checkpoint.layer(index, self._read), self._place)
+        self._read.clear()
+        layer = load_layer(self._checkpoint.layer(index, self._read_tensor), self._place)
+        if self._drops_cache:
+            # In the order of the file: of two that share pages the second lets them go.
+            for stored in sorted(self._read, key=lambda one: (one.path, one.offset)):
+                stored.drop_cached()
+        return layer
 
     def begin(self) -> None:
         """The layer's arithmetic begins."""
@@ -125,13 +132,12 @@ class _Slot:
     def _allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
 
-    def _read(self, stored: StoredTensor) -> RawTensor:
+    def _read_tensor(self, stored: StoredTensor) -> RawTensor:
         begin = self._end
         self._end += _aligned(stored.nbytes)
         data = self._bytes[begin : begin + stored.nbytes].numpy()
         stored.read_into(data)
-        if self._drops_cache:
-            stored.drop_cached()
+        self._read.append(stored)
         return RawTensor(stored.dtype, data.view(DTYPES[stored.dtype]).reshape(stored.shape))
 
     def _place(self, raw: RawTensor) -> Tensor:

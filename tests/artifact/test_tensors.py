@@ -309,6 +309,20 @@ def test_dropped_bytes_are_read_from_the_disk_again_and_no_others(tmp_path: Path
     assert size / 2 < read_bytes() - before < 1.5 * size
 
 
+def test_of_tensors_dropped_one_after_another_nothing_stays(tmp_path: Path) -> None:
+    sizes = [3_000_001, 2_500_000, 2_888_607]  # the pages that they share lie in large groups
+    file = cached_file(tmp_path, sum(sizes))
+    tensors = [
+        StoredTensor("U8", (size,), file, sum(sizes[:place])) for place, size in enumerate(sizes)
+    ]
+    for stored in tensors:
+        stored.drop_cached()
+    before = read_bytes()
+    for stored in tensors:
+        stored.read()
+    assert read_bytes() - before >= sum(sizes)
+
+
 def test_a_file_that_has_vanished_cannot_be_dropped(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="gone cannot be read"):
         StoredTensor("U8", (1,), tmp_path / "gone", 0).drop_cached()
