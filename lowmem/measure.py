@@ -1,4 +1,4 @@
-"""One plan, one workload, one child process: a record of its speed, memory and vectors.
+"""One plan in one child process: a record of each workload's speed, memory and vectors.
 
 A child of its own gives each engine the machine to itself, shows the true peak of memory, and
 turns a crash or a kill by the system into a reason instead of the end of the caller.
@@ -6,13 +6,6 @@ turns a crash or a kill by the system into a reason instead of the end of the ca
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -22,14 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowmem import errors
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.weights import Checkpoint
+from lowmem.child import Child, serve
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
-from lowmem.errors import BackendError, BundleError, LowmemError
-from lowmem.hardware.peak import MemoryPeak
+from lowmem.errors import BundleError
 
 PACKAGES = (
     "lowmem",
@@ -42,7 +34,6 @@ PACKAGES = (
 )
 _ROW_KEYS = tuple(one.name for one in fields(Row))  # a row of a file knows its line besides
 _CHILD = "from lowmem.measure import run_child; run_child()"
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -69,8 +60,8 @@ class Record:
         load_seconds: From the start of loading to ready.
         seconds: Each timed pass over all texts, tokenization left out.
         waited_seconds: Of all timed passes, how long arithmetic waited for weights.
-        peak_host_bytes: Most RssAnon + RssShmem of the process tree at any time.
-        peak_device_bytes: Most memory of the CUDA device, 0 on a CPU.
+        peak_host_bytes: Most RssAnon + RssShmem of the process tree until then.
+        peak_device_bytes: Most memory of the CUDA device until then, 0 on a CPU.
         versions: Packages that took part.
     """
 
@@ -100,45 +91,84 @@ class Record:
         return self.tokens * len(self.seconds) / max(sum(self.seconds) - self.waited_seconds, 1e-9)
 
 
+class Measuring:
+    """A plan in a process of its own, which runs the workloads it is given, one after another."""
+
+    def __init__(self, bundle: Bundle, plan: Plan) -> None:
+        """Nothing is started before the first workload.
+
+        Args:
+            bundle: The bundle; a variant that was exported anew since it was opened is refused.
+            plan: What to run.
+        """
+        self._plan = {
+            "bundle": str(bundle.path),
+            "artifact": bundle.artifact_sha256(plan.variant),
+            "plan": asdict(plan),
+        }
+        self._child = Child(_CHILD, plan.id)
+
+    def __enter__(self) -> Measuring:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._child.__exit__(*error)
+
+    def run(
+        self,
+        rows: Sequence[Row],
+        *,
+        repeats: int = 1,
+        passes: Sequence[Pass] = (),
+        warm_up: bool = True,
+        vectors: Path | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Record:
+        """Embeds texts; the record's peaks are those of the process until then.
+
+        Args:
+            rows: The texts; those over the contract's limit are cut, EOS kept.
+            repeats: Timed passes over all texts.
+            passes: What to run in place of them, one after another.
+            warm_up: Whether to run the shortest text first, on a card all of them, untimed.
+            vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``; of
+                several ``passes`` those of each behind those of the one before.
+            timeout_seconds: When to give up.
+
+        Raises:
+            LowmemError: What the child raised; a crash, a kill or a time-out is a BackendError.
+        """
+        job = {
+            **self._plan,
+            "rows": [{name: getattr(row, name) for name in _ROW_KEYS} for row in rows],
+            "passes": [asdict(one) for one in passes or [Pass(tuple(range(len(rows))))] * repeats],
+            "keeps_all": bool(passes),
+            "warm_up": warm_up,
+            "vectors": None if vectors is None else str(vectors),
+        }
+        result = self._child.ask(job, timeout_seconds)
+        return Record(**{**result, "peak_host_bytes": self._child.peak_bytes})
+
+
 def measure(
     bundle: Bundle,
     plan: Plan,
     rows: Sequence[Row],
     *,
     repeats: int = 1,
-    passes: Sequence[Pass] = (),
     warm_up: bool = True,
     vectors: Path | None = None,
     timeout_seconds: float | None = None,
 ) -> Record:
-    """Runs a plan in a child process.
-
-    Args:
-        bundle: The bundle; the child refuses a variant that was exported anew since it was opened.
-        plan: What to run.
-        rows: The texts; those over the contract's limit are cut, EOS kept.
-        repeats: Timed passes over all texts.
-        passes: What to run in place of them, one after another.
-        warm_up: Whether to run the shortest text first, on a card all of them, untimed.
-        vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``; of
-            several ``passes`` those of each behind those of the one before.
-        timeout_seconds: When to give up.
-
-    Raises:
-        LowmemError: What the child raised; a crash, a kill or a time-out is a BackendError.
-    """
-    job = {
-        "bundle": str(bundle.path),
-        "artifact": bundle.artifact_sha256(plan.variant),
-        "plan": asdict(plan),
-        "rows": [{name: getattr(row, name) for name in _ROW_KEYS} for row in rows],
-        "passes": [asdict(one) for one in passes or [Pass(tuple(range(len(rows))))] * repeats],
-        "keeps_all": bool(passes),
-        "warm_up": warm_up,
-        "vectors": None if vectors is None else str(vectors),
-    }
-    result, peak_bytes = _in_child(job, plan.id, timeout_seconds)
-    return Record(**{**result, "peak_host_bytes": peak_bytes})
+    """One workload in a child process of its own, as :meth:`Measuring.run` runs it."""
+    with Measuring(bundle, plan) as measuring:
+        return measuring.run(
+            rows,
+            repeats=repeats,
+            warm_up=warm_up,
+            vectors=vectors,
+            timeout_seconds=timeout_seconds,
+        )
 
 
 def measure_ceiling(bundle: Path, plan: Plan, *, timeout_seconds: float | None = None) -> float:
@@ -156,41 +186,8 @@ def measure_ceiling(bundle: Path, plan: Plan, *, timeout_seconds: float | None =
         LowmemError: What the child raised; a crash, a kill or a time-out is a BackendError.
     """
     job = {"bundle": str(bundle), "plan": asdict(plan), "ceiling": True}
-    result, _ = _in_child(job, f"the fastest product in {plan.compute}", timeout_seconds)
-    return float(result["operations_per_second"])
-
-
-def _in_child(
-    job: dict[str, Any], name: str, timeout_seconds: float | None
-) -> tuple[dict[str, Any], int]:
-    """What a job gives, and the peak of its process's memory in bytes."""
-    with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
-        job_file = Path(folder) / "job.json"
-        job_file.write_text(json.dumps(job | {"parent": os.getpid()}))
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD, str(job_file)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-        )
-        with MemoryPeak(child.pid) as peak:
-            try:
-                output, problems = child.communicate(timeout=timeout_seconds)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.communicate()
-                raise BackendError(f"{name} took more than {timeout_seconds} s") from None
-            except BaseException:
-                child.kill()
-                child.communicate()
-                raise
-    if child.returncode != 0:
-        raise _failure(name, child.returncode, problems.decode(errors="replace"))
-    result = json.loads(output.splitlines()[-1])
-    if "error" in result:
-        raise getattr(errors, result["kind"])(result["error"])
-    return result, peak.bytes
+    with Child(_CHILD, f"the fastest product in {plan.compute}") as child:
+        return float(child.ask(job, timeout_seconds)["operations_per_second"])
 
 
 def package_versions() -> dict[str, str]:
@@ -207,47 +204,53 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _run_job(job: dict[str, Any]) -> Record:
-    plan = Plan(**job["plan"])
-    rows = [Row(**row) for row in job["rows"]]
-    start = time.perf_counter()
-    bundle = Bundle(Path(job["bundle"]))
-    if bundle.artifact_sha256(plan.variant) != job["artifact"]:
-        raise BundleError(f"{plan.variant} was exported anew meanwhile ({bundle.path})")
-    runner = Runner(bundle, plan)
-    load_seconds = time.perf_counter() - start
-    texts = runner.tokenizer.encode_rows(rows)
-    normalize = runner.contract.normalize_embeddings
-    if job["warm_up"] and texts:
-        # On a card the kernels are tuned for the shapes that they first meet.
-        shortest = min(texts, key=lambda text: len(text.input_ids))
-        first = texts if plan.device == "cuda" else [shortest]
-        runner.embed(first, normalize=normalize, must_be_finite=False)
-    waited_before = runner.waited_seconds
-    seconds = []
-    embedded: list[NDArray[np.float32]] = []
-    for one in job["passes"]:
-        given = [texts[row] for row in one["rows"]]
+class _Loaded:
+    """The child's side of :class:`Measuring`: a plan that is ready to run."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        plan = Plan(**job["plan"])
         start = time.perf_counter()
-        vectors = runner.embed(
-            given, normalize=normalize, batch_size=one["batch_size"], must_be_finite=False
+        bundle = Bundle(Path(job["bundle"]))
+        if bundle.artifact_sha256(plan.variant) != job["artifact"]:
+            raise BundleError(f"{plan.variant} was exported anew meanwhile ({bundle.path})")
+        self._runner = Runner(bundle, plan)
+        self._load_seconds = time.perf_counter() - start
+        self._is_on_card = plan.device == "cuda"
+
+    def run(self, job: dict[str, Any]) -> Record:
+        runner = self._runner
+        texts = runner.tokenizer.encode_rows([Row(**row) for row in job["rows"]])
+        normalize = runner.contract.normalize_embeddings
+        if job["warm_up"] and texts:
+            # On a card the kernels are tuned for the shapes that they first meet.
+            shortest = min(texts, key=lambda text: len(text.input_ids))
+            first = texts if self._is_on_card else [shortest]
+            runner.embed(first, normalize=normalize, must_be_finite=False)
+        waited_before = runner.waited_seconds
+        seconds = []
+        embedded: list[NDArray[np.float32]] = []
+        for one in job["passes"]:
+            given = [texts[row] for row in one["rows"]]
+            start = time.perf_counter()
+            vectors = runner.embed(
+                given, normalize=normalize, batch_size=one["batch_size"], must_be_finite=False
+            )
+            seconds.append(time.perf_counter() - start)
+            embedded = [*embedded, vectors] if job["keeps_all"] else [vectors]
+        if job["vectors"] is not None:
+            np.save(job["vectors"], np.concatenate(embedded))
+        lengths = [len(text.input_ids) for text in texts]
+        is_causal = runner.contract.is_causal
+        return Record(
+            texts=len(texts),
+            tokens=sum(lengths),
+            token_pairs=sum(n * (n + 1) // 2 if is_causal else n * n for n in lengths),
+            load_seconds=self._load_seconds,
+            seconds=seconds,
+            waited_seconds=runner.waited_seconds - waited_before,
+            peak_device_bytes=runner.peak_device_bytes,
+            versions=package_versions(),
         )
-        seconds.append(time.perf_counter() - start)
-        embedded = [*embedded, vectors] if job["keeps_all"] else [vectors]
-    if job["vectors"] is not None:
-        np.save(job["vectors"], np.concatenate(embedded))
-    lengths = [len(text.input_ids) for text in texts]
-    is_causal = runner.contract.is_causal
-    return Record(
-        texts=len(texts),
-        tokens=sum(lengths),
-        token_pairs=sum(n * (n + 1) // 2 if is_causal else n * n for n in lengths),
-        load_seconds=load_seconds,
-        seconds=seconds,
-        waited_seconds=runner.waited_seconds - waited_before,
-        peak_device_bytes=runner.peak_device_bytes,
-        versions=package_versions(),
-    )
 
 
 def _measure_product(job: dict[str, Any]) -> dict[str, Any]:
@@ -259,29 +262,15 @@ def _measure_product(job: dict[str, Any]) -> dict[str, Any]:
     return {"operations_per_second": rate}
 
 
-def _failure(name: str, status: int, problems: str) -> LowmemError:
-    last = (problems.strip().splitlines() or ["it said nothing"])[-1]
-    if status < 0:
-        number = signal.Signals(-status).name
-        hint = ", as the system does when memory runs out" if number == "SIGKILL" else ""
-        return BackendError(f"{name} was ended by {number}{hint}")
-    return BackendError(f"{name} failed: {last}")
-
-
-def _end_with(parent: int) -> None:
-    """Has the system end this process with its parent: an orphan would keep a model's memory."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit("the process that wanted this measurement is gone")
-
-
 def run_child() -> None:
-    """Runs the job whose file is the process's first argument; its result goes to stdout."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    _end_with(job["parent"])
-    result: dict[str, Any]
-    try:
-        result = _measure_product(job) if "ceiling" in job else asdict(_run_job(job))
-    except LowmemError as error:
-        result = {"kind": type(error).__name__, "error": str(error)}
-    sys.stdout.write(json.dumps(result) + "\n")
+    """Answers jobs: products of a ceiling, or workloads of the plan that the first one names."""
+    loaded: _Loaded | None = None
+
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
+        nonlocal loaded
+        if "ceiling" in job:
+            return _measure_product(job)
+        loaded = loaded or _Loaded(job)
+        return asdict(loaded.run(job))
+
+    serve(answer)

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = [
     {"errors", "hardware", "cache", "hub", "progress", "schemas", "disk", "outputs"},
+    {"child"},
     {"data"},
     {"artifact"},
     {"text"},

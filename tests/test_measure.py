@@ -1,22 +1,17 @@
-"""One plan in a child process: what it reports, and what a crash becomes."""
+"""One plan in a child process: what it reports of the workloads it is given."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lowmem import measure as measure_module
 from lowmem.artifact.manifest import Bundle
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
-from lowmem.errors import BackendError, BundleError, InputError
-from lowmem.measure import Pass, measure
+from lowmem.errors import BundleError, InputError
+from lowmem.measure import Measuring, Pass, measure
 from tests.bundles import edit
 from tests.models import TEXTS
 from tests.tolerances import INVARIANCE_DISTANCE
@@ -40,10 +35,9 @@ def test_a_record_counts_texts_and_tokens_and_shows_speed_and_memory(tiny_bundle
 
 def test_passes_give_their_vectors_one_behind_the_other(tiny_bundle, tmp_path):
     passes = [Pass((2, 0)), Pass((1, 2), batch_size=1)]
-    record = measure(
-        Bundle(tiny_bundle), PLAN, ROWS, passes=passes, vectors=tmp_path / "passes.npy"
-    )
-    measure(Bundle(tiny_bundle), PLAN, ROWS, vectors=tmp_path / "vectors.npy")
+    with Measuring(Bundle(tiny_bundle), PLAN) as measuring:
+        record = measuring.run(ROWS, passes=passes, vectors=tmp_path / "passes.npy")
+        measuring.run(ROWS, vectors=tmp_path / "vectors.npy")
     assert len(record.seconds) == 2
     found, expected = np.load(tmp_path / "passes.npy"), np.load(tmp_path / "vectors.npy")
     distances = np.linalg.norm(found - expected[[2, 0, 1, 2]], axis=1)
@@ -64,62 +58,15 @@ def test_a_variant_that_was_exported_anew_is_not_measured(tiny_bundle, tmp_path)
         measure(opened, PLAN, ROWS)
 
 
-def test_a_killed_child_becomes_a_reason(tiny_bundle, monkeypatch):
-    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    _replace_child(monkeypatch, code)
-    with pytest.raises(BackendError, match="was ended by SIGKILL, as the system does"):
-        measure(Bundle(tiny_bundle), PLAN, ROWS)
-
-
-def test_a_crashed_child_becomes_its_last_line(tiny_bundle, monkeypatch):
-    _replace_child(monkeypatch, "raise RuntimeError('the device is on fire')")
-    with pytest.raises(BackendError, match="failed: RuntimeError: the device is on fire"):
-        measure(Bundle(tiny_bundle), PLAN, ROWS)
-
-
-def test_a_child_that_hangs_is_given_up(tiny_bundle, monkeypatch):
-    _replace_child(monkeypatch, "import time; time.sleep(60)")
-    with pytest.raises(BackendError, match="took more than"):
-        measure(Bundle(tiny_bundle), PLAN, ROWS, timeout_seconds=0.5)
-
-
-def _replace_child(monkeypatch, code):
-    real = subprocess.Popen
-
-    def start(command, **options):
-        return real([sys.executable, "-c", code], **{**options, "env": dict(os.environ)})
-
-    monkeypatch.setattr(measure_module.subprocess, "Popen", start)
-
-
-def test_a_child_ends_with_its_parent():
-    script = (
-        "import subprocess, sys, time; from lowmem import measure; "
-        "code = 'import os, sys, time; from lowmem.measure import _end_with; "
-        "_end_with(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(600)'; "
-        "import os; subprocess.Popen([sys.executable, '-c', code, str(os.getpid())]).wait()"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
-        child = int(parent.stdout.readline())
-        parent.terminate()
-        parent.wait()
-    deadline = time.monotonic() + 30
-    while _is_alive(child):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_a_child_whose_parent_is_gone_already_does_nothing():
-    code = "from lowmem.measure import _end_with; _end_with(1 << 30)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.strip().endswith("is gone")) == (1, True)
-
-
-def _is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
+def test_workloads_run_one_after_another_in_one_process(tiny_bundle, tmp_path):
+    with Measuring(Bundle(tiny_bundle), PLAN) as measuring:
+        first = measuring.run(ROWS, vectors=tmp_path / "first.npy")
+        again = measuring.run(ROWS[:2], repeats=3, vectors=tmp_path / "again.npy")
+    assert (first.texts, again.texts, len(again.seconds)) == (len(ROWS), 2, 3)
+    assert again.load_seconds == first.load_seconds
+    assert again.peak_host_bytes >= first.peak_host_bytes
+    found, expected = np.load(tmp_path / "again.npy"), np.load(tmp_path / "first.npy")[:2]
+    assert np.linalg.norm(found - expected, axis=1).max() < INVARIANCE_DISTANCE
 
 
 def test_a_child_imports_nothing_from_the_working_directory(tiny_bundle, tmp_path, monkeypatch):

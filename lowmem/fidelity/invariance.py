@@ -13,25 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from lowmem.artifact.manifest import Bundle
-from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.fidelity.directions import Floats, Vectors, unit_rows
 from lowmem.fidelity.sample import stratified
-from lowmem.measure import Pass, measure
+from lowmem.measure import Measuring, Pass
 
 TEXTS = 6
 _LONGEST_TOKENS = 256
 
 
 def invariance(
-    bundle: Bundle, plan: Plan, rows: Sequence[Row], tokens: Sequence[int], vectors: Vectors
+    measuring: Measuring, rows: Sequence[Row], tokens: Sequence[int], vectors: Vectors
 ) -> dict[str, float | int] | None:
     """The ``invariance`` of a report: how far a text's vectors lie apart, 1 - cosine at most.
 
     Args:
-        bundle: The bundle.
-        plan: What to run.
+        measuring: Runs the plan.
         rows: The texts.
         tokens: Length of each; texts above 256 tokens are left out.
         vectors: The plan's vectors of all of them, float32 [texts, d].
@@ -56,7 +53,7 @@ def invariance(
     asked = [rows[place] for place in [*chosen, *others]]
     with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
         file = Path(folder) / "vectors.npy"
-        measure(bundle, plan, asked, passes=list(passes.values()), vectors=file)
+        measuring.run(asked, passes=list(passes.values()), vectors=file)
         found: Vectors = np.load(file, allow_pickle=False)
     together = vectors[chosen]
     result: dict[str, float | int] = {"texts": len(chosen)}

@@ -35,7 +35,7 @@ from lowmem.fidelity.readiness import readiness
 from lowmem.fidelity.reference import Reference
 from lowmem.fidelity.worst import worst
 from lowmem.hardware import Hardware
-from lowmem.measure import Record, measure
+from lowmem.measure import Measuring, Record
 
 NEIGHBOURS = 10
 
@@ -94,16 +94,22 @@ def compare_plans(
 
     def compare(plan: Plan) -> Compared:
         count = sum(len(one.rows) for one in inputs.references)
-        with progress(plan.report_id, count) as advance:
-            ran = [_embed(bundle, plan, one, machine, parts, advance) for one in inputs.references]
+        texts = inputs.texts
+        identities = [_identity(bundle, plan, one, machine) for one in inputs.references]
+        with Measuring(bundle, plan) as measuring:
+            with progress(plan.report_id, count) as advance:
+                ran = [
+                    _embed(measuring, one, identity, plan.window_tokens, parts, advance)
+                    for one, identity in zip(inputs.references, identities, strict=True)
+                ]
+            vectors = ran[0][0]
+            moved = functools.partial(invariance, measuring, texts.rows, texts.tokens, vectors)
+            by_company = parts.value(identities[0], "invariance", moved)
         steered = calibration.steered_by(bundle.variant(plan.variant).recipe)
         if steered not in shared:
             shared[steered] = calibration.statement(bundle, steered, inputs.texts.rows)
-        texts, vectors = inputs.texts, ran[0][0]
-        moved = functools.partial(invariance, bundle, plan, texts.rows, texts.tokens, vectors)
-        identity = _identity(bundle, plan, texts, machine)
         about = {
-            "invariance": parts.value(identity, "invariance", moved),
+            "invariance": by_company,
             "machine": f"{machine.cpu_name}, {machine.cpu_threads} threads",
             "calibration": shared[steered],
         }
@@ -171,21 +177,20 @@ def agreement(compared: Sequence[Compared]) -> list[dict[str, Any]]:
 
 
 def _embed(
-    bundle: Bundle,
-    plan: Plan,
+    measuring: Measuring,
     reference: Reference,
-    machine: Hardware,
+    identity: Mapping[str, Any],
+    first_tokens: int,
     parts: Parts,
     advance: Callable[[int], None],
 ) -> tuple[NDArray[np.float32], Record]:
     def run(rows: Sequence[Row]) -> tuple[NDArray[np.float32], Record]:
         with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
             file = Path(folder) / "vectors.npy"
-            record = measure(bundle, plan, rows, vectors=file)
+            record = measuring.run(rows, vectors=file)
             return np.load(file, allow_pickle=False), record
 
-    identity = _identity(bundle, plan, reference, machine)
-    return parts.embed(identity, reference.rows, reference.tokens, plan.window_tokens, run, advance)
+    return parts.embed(identity, reference.rows, reference.tokens, first_tokens, run, advance)
 
 
 def _identity(

@@ -5,7 +5,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.fidelity.invariance import choose, distances, invariance
-from lowmem.measure import measure
+from lowmem.measure import Measuring
 from tests.models import TEXTS
 
 ROWS = [Row(str(n), text) for n, text in enumerate(dict.fromkeys(TEXTS))]
@@ -32,8 +32,9 @@ def test_distances_of_nearly_equal_vectors_keep_their_digits() -> None:
 def test_a_text_is_the_same_in_any_company(tiny_bundle, tmp_path, plan: str) -> None:
     variant, engine, device, compute = plan.split("-")
     ran = Plan(variant, engine, device, compute, "resident")
-    measure(Bundle(tiny_bundle), ran, ROWS, vectors=tmp_path / "vectors.npy")
-    found = invariance(Bundle(tiny_bundle), ran, ROWS, TOKENS, np.load(tmp_path / "vectors.npy"))
+    with Measuring(Bundle(tiny_bundle), ran) as measuring:
+        measuring.run(ROWS, vectors=tmp_path / "vectors.npy")
+        found = invariance(measuring, ROWS, TOKENS, np.load(tmp_path / "vectors.npy"))
     assert found is not None
     assert found["texts"] == 6
     # float32 sums in another order: squares of about 1e-6
@@ -42,15 +43,15 @@ def test_a_text_is_the_same_in_any_company(tiny_bundle, tmp_path, plan: str) -> 
 
 def test_vectors_that_are_another_texts_are_found(tiny_bundle, tmp_path) -> None:
     ran = Plan("fp16", "torch", "cpu", "fp32", "resident")
-    measure(Bundle(tiny_bundle), ran, ROWS, vectors=tmp_path / "vectors.npy")
-    turned = np.load(tmp_path / "vectors.npy")[::-1]
-    found = invariance(Bundle(tiny_bundle), ran, ROWS, TOKENS, turned)
+    with Measuring(Bundle(tiny_bundle), ran) as measuring:
+        measuring.run(ROWS, vectors=tmp_path / "vectors.npy")
+        turned = np.load(tmp_path / "vectors.npy")[::-1]
+        found = invariance(measuring, ROWS, TOKENS, turned)
     assert found is not None
     assert min(found[key] for key in ("alone", "shuffled", "neighbours")) > 1e-3
 
 
 def test_nothing_is_claimed_of_fewer_than_two_texts(tiny_bundle) -> None:
     plan = Plan("fp16", "torch", "cpu", "fp32", "resident")
-    assert (
-        invariance(Bundle(tiny_bundle), plan, ROWS[:1], [10], np.ones((1, 4), np.float32)) is None
-    )
+    with Measuring(Bundle(tiny_bundle), plan) as measuring:
+        assert invariance(measuring, ROWS[:1], [10], np.ones((1, 4), np.float32)) is None

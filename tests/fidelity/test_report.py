@@ -1,10 +1,12 @@
 """What a report is made of, with engines that answer by rule."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,16 +45,23 @@ class Engines:
         self._ends_at = ends_at
         self._fails = fails or {}
 
-    def measure(self, bundle, plan, rows, *, vectors):
-        if plan.variant == self._ends_at:
+    @contextlib.contextmanager
+    def measuring(self, bundle, plan):
+        yield SimpleNamespace(run=functools.partial(self._run, bundle, plan.variant))
+
+    def _run(self, bundle, variant, rows, *, vectors):
+        if variant == self._ends_at:
             raise KeyboardInterrupt
-        if plan.variant in self._fails:
-            raise self._fails[plan.variant]
-        self.ran.append(plan.variant)
+        if variant in self._fails:
+            raise self._fails[variant]
+        self.ran.append(variant)
+        np.save(vectors, self._vectors(bundle, variant, rows))
+        return Record(len(rows), 10 * len(rows), 0.0, [1.0])
+
+    def _vectors(self, bundle, variant, rows):
         places = [int(row.id) for row in rows]
         noise = np.random.default_rng(1).standard_normal((12, 16)).astype(np.float32)
-        np.save(vectors, (VECTORS + NOISE[plan.variant] * noise)[places])
-        return Record(len(rows), 10 * len(rows), 0.0, [1.0])
+        return (VECTORS + NOISE[variant] * noise)[places]
 
 
 @contextlib.contextmanager
@@ -61,7 +70,7 @@ def silent(what, total):
 
 
 def run_by(engines: Engines, monkeypatch):
-    monkeypatch.setattr(module, "measure", engines.measure)
+    monkeypatch.setattr(module, "Measuring", engines.measuring)
     monkeypatch.setattr(module, "invariance", lambda *_: None)
 
 
@@ -140,14 +149,10 @@ def bundle(tiny_bundle, tmp_path):
 class ExactEngines(Engines):
     """Gives each text of a bundle its reference vector; may fail at a plan."""
 
-    def measure(self, bundle, plan, rows, *, vectors):
-        if plan.variant in self._fails:
-            raise self._fails[plan.variant]
-        self.ran.append(plan.variant)
+    def _vectors(self, bundle, variant, rows):
         known = reference.stored(bundle)
         by_id = {row.id: vector for row, vector in zip(known.rows, known.vectors, strict=True)}
-        np.save(vectors, np.stack([by_id[row.id] for row in rows]))
-        return Record(len(rows), 10 * len(rows), 0.0, [1.0])
+        return np.stack([by_id[row.id] for row in rows])
 
 
 def lowmem_report(bundle, monkeypatch, engines, *arguments):
