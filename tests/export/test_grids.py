@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from export.quantizers.grids import grid_of, pack
+from export.quantizers.grids import grid_of, nf4_codes, pack
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Format, Int8Channel, IntGrouped
 from lowmem.artifact.formats.bnb_nf4 import CODE_BOOK
 from lowmem.errors import BundleError
@@ -33,6 +33,21 @@ def test_values_are_those_of_the_formats() -> None:
     assert grid_of(Int8Channel(), 128).nearest(far.clone()).tolist() == [-127, 0, 1, 127]
     book = torch.from_numpy(CODE_BOOK)
     assert grid_of(BnbNf4(), 128).nearest(book).tolist() == CODE_BOOK.tolist()
+
+
+@pytest.mark.parametrize("times", [1, 400], ids=["few", "many"])
+def test_the_nearest_normal_float_is_found_next_to_every_middle_and_edge(times: int) -> None:
+    book = torch.from_numpy(CODE_BOOK)
+    middles = (book[1:] + book[:-1]) / 2
+    near = torch.cat([middles, torch.linspace(-1, 1, 65), torch.tensor([-1e30, 1e30])])
+    infinity = torch.tensor(torch.inf)
+    values = torch.cat(
+        [near, near.nextafter(infinity), near.nextafter(-infinity), infinity[None], -infinity[None]]
+    ).repeat(times)
+    codes = (values[:, None] > middles).sum(1)
+    assert torch.equal(nf4_codes(values).long(), codes)
+    assert torch.equal(grid_of(BnbNf4(), 128).nearest(values), book[codes])
+    assert nf4_codes(torch.tensor([torch.nan])).item() == 0
 
 
 def test_an_important_weight_decides_the_scale_of_its_group() -> None:
