@@ -15,7 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lowmem.artifact import strict_json
-from lowmem.artifact.config import NORMS, ModelConfig, config_json
+from lowmem.artifact.config import NORMS, ModelConfig
+from lowmem.artifact.config_file import config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.tensors import INDEX_FILE, TensorSpec, header_bytes
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM

@@ -13,7 +13,8 @@ import numpy as np
 from random_checkpoint import random_weights
 
 from lowmem.artifact import strict_json
-from lowmem.artifact.config import NORMS, ModelConfig, config_json
+from lowmem.artifact.config import NORMS, ModelConfig
+from lowmem.artifact.config_file import config_json
 from lowmem.artifact.formats import (
     Format,
     Int8Channel,

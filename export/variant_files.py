@@ -15,7 +15,8 @@ from export.linking import link_or_copy
 from export.sources import Source
 from export.workspace import Workspace
 from lowmem.artifact import strict_json
-from lowmem.artifact.config import ModelConfig, config_json
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.config_file import config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format, quantization_config, weight_bytes
 from lowmem.artifact.manifest import FileEntry, Variant, file_sha256

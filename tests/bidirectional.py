@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lowmem.artifact.config import config_json
+from lowmem.artifact.config_file import config_json
 from lowmem.artifact.weights import Checkpoint
 from tests.models import BOS, CONTRACT, EOS, HIDDEN_SIZE, TinyCheckpoint, tiny_checkpoint
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from lowmem.artifact.config import ModelConfig, config_json
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.config_file import config_json
 from lowmem.artifact.contract import Contract
 from tests.mistral import SPECIAL_TOKENS
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from export.sources.gguf_header import GgufTensor, read_header
 from export.sources.gguf_tokenizer import tokenizer_files
 from export.sources.stated import Stated
-from lowmem.artifact.config import ModelConfig, parse_config
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.config_file import parse_config
 from lowmem.artifact.tensors import RawTensor, StoredTensor, some_names
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM
 from lowmem.disk import shown_name

@@ -22,7 +22,7 @@ from export.sources.huggingface import (
 from export.sources.stated import refuse_adapter, refuse_other_vectors
 from lowmem import hub
 from lowmem.artifact import strict_json
-from lowmem.artifact.config import parse_config
+from lowmem.artifact.config_file import parse_config
 from lowmem.artifact.sentence_transformers_files import MODULES, SETTINGS
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, read_weight_map
 from lowmem.errors import BundleError, InputError

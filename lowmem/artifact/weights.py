@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.artifact import strict_json
-from lowmem.artifact.config import NORMS, ModelConfig, parse_config
+from lowmem.artifact.config import NORMS, ModelConfig
+from lowmem.artifact.config_file import parse_config
 from lowmem.artifact.formats import Format, Plain, check_groups, read_formats
 from lowmem.artifact.tensors import (
     RawTensor,

@@ -249,7 +249,7 @@ def _write_reference(bundle: Bundle, texts: str) -> None:
     from lowmem import hardware
     from lowmem.artifact.weights import Checkpoint
     from lowmem.errors import BundleError
-    from lowmem.fidelity import reference
+    from lowmem.fidelity import reference, stored_reference
 
     if texts == "none" or "fp16" not in bundle.manifest.variants:
         return
@@ -258,7 +258,7 @@ def _write_reference(bundle: Bundle, texts: str) -> None:
         texts = reference.built_in_texts(Checkpoint(bundle.directory("fp16")).config)
         enough = {texts, "probe"}
     try:
-        known = reference.stored(bundle)
+        known = stored_reference.read(bundle)
     except BundleError:  # of another export, or damaged: made again below
         known = None
     if known is not None and known.name in enough:
@@ -266,4 +266,4 @@ def _write_reference(bundle: Bundle, texts: str) -> None:
     rows = data.load(texts)
     with bar(f"reference vectors of {len(rows)} texts", len(rows)) as advance:
         made = reference.compute(bundle, texts, rows, hardware.probe().cpu_threads, advance)
-    reference.write(bundle, made)
+    stored_reference.write(bundle, made)

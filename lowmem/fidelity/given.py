@@ -20,7 +20,8 @@ from lowmem.disk import shown_name
 from lowmem.errors import InputError
 from lowmem.fidelity import metrics, neighbours
 from lowmem.fidelity.directions import Vectors, is_finite
-from lowmem.fidelity.reference import Reference, npy_bytes, npy_header
+from lowmem.fidelity.npy_files import npy_bytes, npy_header
+from lowmem.fidelity.reference import Reference
 
 logger = logging.getLogger(__name__)
 

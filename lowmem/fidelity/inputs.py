@@ -12,7 +12,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.weights import Checkpoint
 from lowmem.data import Row
 from lowmem.errors import InputError
-from lowmem.fidelity import given, reference
+from lowmem.fidelity import given, reference, stored_reference
 from lowmem.fidelity.directions import Vectors
 from lowmem.fidelity.parts import Parts
 from lowmem.fidelity.reference import Reference
@@ -132,7 +132,7 @@ class Wanted:
                 return self.stored.part(self.places)
             if self.is_built_in:
                 made = of(self.name, self.rows)
-                reference.keep(self.bundle, made)
+                stored_reference.keep(self.bundle, made)
                 return made.part(self.places)
             own_texts = of(self.name, self.texts)
             is_part = len(self.places) < len(self.rows)
@@ -174,7 +174,7 @@ def want(
         BundleError: The bundle's own reference is damaged.
     """
     rows: Sequence[Row]
-    stored = reference.stored(bundle) if texts is None else None
+    stored = stored_reference.read(bundle) if texts is None else None
     if stored:
         name, rows = stored.name, stored.rows
     elif texts is None:

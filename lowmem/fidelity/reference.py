@@ -1,43 +1,35 @@
 """Reference vectors: the stored 16-bit weights, multiplied in float32, layer by layer from disk.
 
 A pass needs the memory of two layers, whatever the model's size. Vectors of the built-in texts are
-made at export, or by the first report, and travel with the bundle; those of a user's own texts are
-kept in the user's cache.
+made at export, or by the first report, and travel with the bundle (``stored_reference.py``); those
+of a user's own texts are kept in the user's cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowmem import cache, data
-from lowmem.artifact import strict_json
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.manifest import Bundle, file_sha256
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
-from lowmem.errors import BundleError, InputError
+from lowmem.errors import InputError
+from lowmem.fidelity.npy_files import npy_bytes
 from lowmem.fidelity.parts import Parts, cache_key
 from lowmem.measure import Record
 
-logger = logging.getLogger(__name__)
-
 Vectors = NDArray[np.float32]
-FORMAT = 1
-_NAMES = ("probe", "quick")
 BATCH_TOKENS = 4096
 _WINDOW_TOKENS = 4 * BATCH_TOKENS
 _LONGEST_SECONDS = 600
@@ -157,62 +149,12 @@ def wanted_texts(bundle: Bundle) -> str:
     Raises:
         InputError: The bundle has no ``fp16``.
     """
-    if not _has_fp16(bundle):
+    if not has_fp16(bundle):
         raise InputError(
             f"{bundle.path} has no reference vectors, and no fp16 that they could be computed by: "
             "export fp16 as well"
         )
     return built_in_texts(Checkpoint(bundle.directory("fp16")).config)
-
-
-def keep(bundle: Bundle, reference: Reference) -> None:
-    """As ``write``; a read-only bundle is left as it is."""
-    try:
-        write(bundle, reference)
-    except OSError as error:
-        logger.warning(
-            "reference vectors are not stored: %s cannot be written (%s)",
-            bundle.path / "reference",
-            error.strerror,
-        )
-
-
-def write(bundle: Bundle, reference: Reference) -> None:
-    """Stores reference vectors of built-in texts in the bundle, in place of any others."""
-    folder = bundle.path / "reference"
-    folder.mkdir(exist_ok=True)
-    with cache.replacing(folder / f"{reference.name}.npy") as file:
-        file.write(npy_bytes(reference.vectors))
-    about = {
-        "format": FORMAT,
-        "texts": {
-            "name": reference.name,
-            "sha256": reference.texts_sha256,
-            "tokens": list(reference.tokens),
-            "truncated": reference.truncated,
-        },
-        "artifact_sha256": bundle.artifact_sha256("fp16"),
-        "sha256": reference.sha256,
-    }
-    with cache.replacing(folder / f"{reference.name}.json") as file:
-        file.write(strict_json.dumps(about).encode())
-    # Those of another fp16 would be found first, and refused ever after.
-    for other in (name for name in _NAMES if name != reference.name):
-        for suffix in (".json", ".npy"):
-            (folder / f"{other}{suffix}").unlink(missing_ok=True)
-
-
-def stored(bundle: Bundle) -> Reference | None:
-    """The reference vectors in the bundle, ``probe`` before ``quick``, or None.
-
-    Raises:
-        BundleError: They are damaged, of other texts, or of another ``fp16``.
-    """
-    for name in _NAMES:
-        path = bundle.path / "reference" / f"{name}.json"
-        if path.exists():
-            return _read(bundle, name, path)
-    return None
 
 
 def of_own_texts(
@@ -228,7 +170,7 @@ def of_own_texts(
     Raises:
         InputError: They must be computed, and the bundle has no ``fp16``.
     """
-    if not _has_fp16(bundle):
+    if not has_fp16(bundle):
         raise InputError(
             f"reference vectors of other texts need the variant fp16, which {bundle.path} lacks: "
             "leave out --texts, or export fp16"
@@ -258,79 +200,6 @@ def of_own_texts(
     return reference
 
 
-def npy_bytes(vectors: Vectors) -> bytes:
-    """A ``.npy`` file's bytes, the same for the same vectors."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(vectors, np.float32))
-    return buffer.getvalue()
-
-
-def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of a ``.npy`` file, before room for its array is taken.
-
-    Raises:
-        ValueError: It is none.
-    """
-    read: dict[tuple[int, int], Callable[..., Any]] = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    read_magic: Callable[..., Any] = np.lib.format.read_magic  # has no types of its own
-    version = read_magic(file)
-    if version not in read:
-        raise ValueError(f"version {version} is unknown")
-    shape, _, dtype = read[version](file)
-    return shape, dtype
-
-
-def _read(bundle: Bundle, name: str, path: Path) -> Reference:
-    about = strict_json.read_object(path)
-    rows = data.load(name)
-    if about.get("format") != FORMAT or set(about) != {
-        "format",
-        "texts",
-        "artifact_sha256",
-        "sha256",
-    }:
-        raise BundleError(f"format must be {FORMAT} with the keys of this version ({path})")
-    texts = about["texts"]
-    if (
-        not isinstance(texts, dict)
-        or not isinstance(texts.get("tokens"), list)
-        or not all(type(count) is int for count in [*texts["tokens"], texts.get("truncated")])
-    ):
-        raise BundleError(f"texts must be an object with sha256, tokens and truncated ({path})")
-    if texts.get("sha256") != data.sha256(rows):
-        raise BundleError(
-            f"reference vectors are of another version's {name} texts ({path}): export again"
-        )
-    if _has_fp16(bundle) and about["artifact_sha256"] != bundle.artifact_sha256("fp16"):
-        raise BundleError(f"reference vectors are of another fp16 ({path}): export again")
-    file = path.with_suffix(".npy")
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{file} cannot be read: {error.strerror}") from error
-    if hashlib.sha256(content).hexdigest() != about["sha256"]:
-        raise BundleError(f"{file} is damaged: its sha256 is not the one beside it")
-    stream = io.BytesIO(content)
-    try:
-        shape, dtype = npy_header(stream)
-    except ValueError as error:
-        raise BundleError(f"{file} is no .npy file: {error}") from error
-    if (
-        dtype != np.float32
-        or len(shape) != 2
-        or not shape[0] == len(texts["tokens"]) == len(rows)
-        or len(content) != stream.tell() + math.prod(shape) * dtype.itemsize
-    ):
-        raise BundleError(f"{file} must hold {len(rows)} float32 vectors, got {dtype} {shape}")
-    stream.seek(0)
-    vectors = np.load(stream, allow_pickle=False)
-    counts = tuple(texts["tokens"])
-    return Reference(name, rows, counts, texts["truncated"], vectors, about["sha256"])
-
-
 def _reference(
     name: str, rows: Sequence[Row], tokens: tuple[int, ...], truncated: int, vectors: Vectors
 ) -> Reference:
@@ -342,7 +211,8 @@ def _identity(bundle: Bundle, rows: Sequence[Row]) -> dict[str, Any]:
     return {"artifact": bundle.artifact_sha256("fp16"), "texts": data.sha256(rows)}
 
 
-def _has_fp16(bundle: Bundle) -> bool:
+def has_fp16(bundle: Bundle) -> bool:
+    """Whether a bundle holds what reference vectors are computed from."""
     return "fp16" in bundle.manifest.variants
 
 

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lowmem.artifact import strict_json
-from lowmem.artifact.config import ModelConfig, parse_config
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.config_file import parse_config
 from lowmem.artifact.formats import Format
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.variants import VARIANTS, formats_for, graphs_for

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
-from lowmem.artifact.config import ModelConfig, config_json, parse_config
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.config_file import config_json, parse_config
 from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.errors import BundleError
 from tests.bidirectional import nvembed_config

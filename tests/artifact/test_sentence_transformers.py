@@ -12,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import LlamaConfig, LlamaModel
 
-from lowmem.artifact.config import config_json
+from lowmem.artifact.config_file import config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.sentence_transformers_files import lacks_query_prompt
 from lowmem.artifact.stock_files import check, render

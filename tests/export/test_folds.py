@@ -8,7 +8,7 @@ from torch import Tensor
 
 from export.folds import _fold_norm, balance, fold
 from export.hidden_states import ATTENTION, DOWN, MLP, OUTPUT
-from lowmem.artifact.config import parse_config
+from lowmem.artifact.config_file import parse_config
 from lowmem.artifact.tensors import RawTensor
 from lowmem.compute.decoder import rms_norm
 

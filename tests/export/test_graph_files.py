@@ -12,7 +12,8 @@ import onnx
 import pytest
 
 from export.graph import write_graphs
-from lowmem.artifact.config import ModelConfig, config_json
+from lowmem.artifact.config import ModelConfig
+from lowmem.artifact.config_file import config_json
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import (
     BnbInt8,

@@ -10,7 +10,8 @@ from lowmem.data import Row
 from lowmem.errors import InputError
 from lowmem.fidelity import given
 from lowmem.fidelity.directions import Vectors
-from lowmem.fidelity.reference import Reference, npy_bytes
+from lowmem.fidelity.npy_files import npy_bytes
+from lowmem.fidelity.reference import Reference
 
 FILE = Path("theirs.npy")
 ROWS = tuple(Row(f"text-{n}", f"text {n}") for n in range(20))

@@ -11,7 +11,8 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.cli import export as export_command
 from lowmem.errors import BundleError
 from lowmem.fidelity import parts as parts_module
-from lowmem.fidelity import reference
+from lowmem.fidelity import reference, stored_reference
+from lowmem.fidelity.npy_files import npy_bytes
 from lowmem.fidelity.parts import Parts
 from lowmem.fidelity.reference import Reference
 
@@ -67,7 +68,7 @@ def computed(monkeypatch):
 def made(name, rows=None):
     rows = data.load(name) if rows is None else rows
     vectors = zeros(len(rows))
-    digest = hashlib.sha256(reference.npy_bytes(vectors)).hexdigest()
+    digest = hashlib.sha256(npy_bytes(vectors)).hexdigest()
     return Reference(name, tuple(rows), (5,) * len(rows), 0, vectors, digest)
 
 
@@ -86,23 +87,23 @@ def files(bundle):
 
 
 def test_a_new_set_takes_the_place_of_the_other(bundle):
-    reference.write(bundle, made("probe"))
+    stored_reference.write(bundle, made("probe"))
     age(bundle, "probe")
     with pytest.raises(BundleError, match=r"are of another fp16 .*: export again"):
-        reference.stored(bundle)
-    reference.write(bundle, made("quick"))
+        stored_reference.read(bundle)
+    stored_reference.write(bundle, made("quick"))
     assert files(bundle) == ["quick.json", "quick.npy"]
-    assert reference.stored(bundle).name == "quick"
-    reference.write(bundle, made("probe"))
+    assert stored_reference.read(bundle).name == "quick"
+    stored_reference.write(bundle, made("probe"))
     assert files(bundle) == ["probe.json", "probe.npy"]
 
 
 def test_the_other_set_is_there_until_the_new_one_stands(bundle, monkeypatch):
-    reference.write(bundle, made("probe"))
+    stored_reference.write(bundle, made("probe"))
     monkeypatch.setattr(reference.cache, "replacing", full)
     with pytest.raises(OSError, match="full"):
-        reference.write(bundle, made("quick"))
-    assert reference.stored(bundle).name == "probe"
+        stored_reference.write(bundle, made("quick"))
+    assert stored_reference.read(bundle).name == "probe"
 
 
 def full(path):
@@ -111,7 +112,7 @@ def full(path):
 
 def test_an_export_where_probe_is_slow_keeps_a_probe_that_is_there(bundle, computed, monkeypatch):
     monkeypatch.setattr(reference, "built_in_texts", lambda config: "quick")
-    reference.write(bundle, made("probe"))
+    stored_reference.write(bundle, made("probe"))
     export_command._write_reference(bundle, "auto")
     assert (computed, files(bundle)) == ([], ["probe.json", "probe.npy"])
     age(bundle, "probe")
@@ -124,7 +125,7 @@ def test_an_export_makes_the_texts_that_are_asked_for(bundle, computed, monkeypa
     for wanted, name in (("probe", "probe"), ("quick", "quick"), ("auto", "probe")):
         export_command._write_reference(bundle, wanted)
         export_command._write_reference(bundle, wanted)
-        assert reference.stored(bundle).name == name
+        assert stored_reference.read(bundle).name == name
     assert computed == ["probe", "quick", "probe"]
 
 
@@ -161,11 +162,11 @@ def test_own_texts_whose_cache_is_damaged_are_computed_again(bundle, computed, c
 
 @pytest.mark.parametrize("texts", [[], {}, {"tokens": 5, "truncated": 0}, {"tokens": ["a"]}])
 def test_a_reference_that_says_nothing_of_its_texts_is_made_again(bundle, computed, texts):
-    reference.write(bundle, made("quick"))
+    stored_reference.write(bundle, made("quick"))
     path = bundle.path / "reference" / "quick.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "texts": texts}))
     with pytest.raises(BundleError, match="texts must be an object with sha256, tokens and trunc"):
-        reference.stored(bundle)
+        stored_reference.read(bundle)
     export_command._write_reference(bundle, "quick")
     assert computed == ["quick"]
 
@@ -185,15 +186,15 @@ def header_of(shape):
             header_of((64, 10**12)),
             r"must hold 64 float32 vectors, got float32 \(64, 1000000000000\)",
         ),
-        (reference.npy_bytes(zeros(63)), r"must hold 64 float32 vectors, got float32 \(63, 4\)"),
+        (npy_bytes(zeros(63)), r"must hold 64 float32 vectors, got float32 \(63, 4\)"),
     ],
 )
 def test_vectors_that_cannot_be_those_of_the_texts_are_refused_unread(bundle, content, message):
-    reference.write(bundle, made("quick"))
+    stored_reference.write(bundle, made("quick"))
     folder = bundle.path / "reference"
     (folder / "quick.npy").write_bytes(content)
     about = json.loads((folder / "quick.json").read_text())
     about["sha256"] = hashlib.sha256(content).hexdigest()
     (folder / "quick.json").write_text(json.dumps(about))
     with pytest.raises(BundleError, match=message):
-        reference.stored(bundle)
+        stored_reference.read(bundle)

@@ -21,9 +21,10 @@ from lowmem.cli import app
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import BackendError, CapacityError, LowmemError
-from lowmem.fidelity import reference
 from lowmem.fidelity import report as module
+from lowmem.fidelity import stored_reference
 from lowmem.fidelity.inputs import Inputs
+from lowmem.fidelity.npy_files import npy_bytes
 from lowmem.fidelity.parts import Parts
 from lowmem.fidelity.reference import Reference
 from lowmem.fidelity.report import agreement, compare_plans
@@ -141,8 +142,8 @@ def bundle(tiny_bundle, tmp_path):
     copy = Bundle(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     rows = data.load("quick")
     vectors = np.random.default_rng(8).standard_normal((len(rows), 16)).astype(np.float32)
-    digest = hashlib.sha256(reference.npy_bytes(vectors)).hexdigest()
-    reference.write(copy, Reference("quick", rows, (10,) * len(rows), 0, vectors, digest))
+    digest = hashlib.sha256(npy_bytes(vectors)).hexdigest()
+    stored_reference.write(copy, Reference("quick", rows, (10,) * len(rows), 0, vectors, digest))
     return copy.path
 
 
@@ -150,7 +151,7 @@ class ExactEngines(Engines):
     """Gives each text of a bundle its reference vector; may fail at a plan."""
 
     def _vectors(self, bundle, variant, rows):
-        known = reference.stored(bundle)
+        known = stored_reference.read(bundle)
         by_id = {row.id: vector for row, vector in zip(known.rows, known.vectors, strict=True)}
         return np.stack([by_id[row.id] for row in rows])
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem.artifact.config import config_json
+from lowmem.artifact.config_file import config_json
 from lowmem.artifact.variants import VARIANTS, formats_for
 from lowmem.errors import BackendError, InputError
 from lowmem.hardware import Gpu, Hardware
