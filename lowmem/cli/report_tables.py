@@ -7,7 +7,7 @@ from typing import Any
 
 from lowmem.artifact.verdict import Floor
 from lowmem.cli import options
-from lowmem.fidelity.readiness import STATES
+from lowmem.fidelity.readiness import STATES, cautions
 
 _MOST_NAMED = 2
 
@@ -51,8 +51,7 @@ def verdicts(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             if len(plans) == len(reports) > _MOST_NAMED:
                 named = f"all {len(plans)} plans"
             yield options.wrapped(f"{named}: {words}")
-    cautions = {one["readiness"]["caution"] for one in reports} - {None}
-    for caution in sorted(cautions):
+    for caution in cautions(reports):
         yield options.wrapped(f"note: {caution}")
     yield from _calibration(reports)
 

@@ -70,7 +70,7 @@ def readiness(report: Mapping[str, Any], floor: Floor) -> dict[str, Any]:
         "not_for": unfit if state == "partly" else [],
         "reasons": reasons[:_MOST_REASONS],
         "floor": floor.name,
-        "caution": _caution(report),
+        "caution": "; ".join(cautions([report])) or None,
     }
 
 
@@ -150,22 +150,38 @@ def _loss(name: str, figure: Mapping[str, Any]) -> str:
     return f"{name} falls from {figure['reference']:.3f} to {figure['plan']:.3f}"
 
 
-def _caution(report: Mapping[str, Any]) -> str | None:
-    return "; ".join(_cautions(report)) or None
+def cautions(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to keep in mind of some plans, each thing once.
+
+    Args:
+        reports: One or more, which may lack ``retrieval``, ``sts`` and ``invariance``.
+    """
+    said = dict.fromkeys(caution for report in reports for caution in _of_few(report))
+    moved = [far for far in map(_moved, reports) if far > BATCH_DISTANCE]
+    if moved:
+        where = f"in {len(moved)} of {len(reports)} plans " if len(reports) > 1 else ""
+        far = f"by up to {max(moved):.1e} of 1 - cosine"
+        said[f"{where}a text's vector depends on its batch, {far}"] = None
+    return list(said)
 
 
-def _cautions(report: Mapping[str, Any]) -> Iterator[str]:
+def _of_few(report: Mapping[str, Any]) -> Iterator[str]:
     count = report["texts"]["count"]
     if count < SIGN_OFF_TEXTS:
         yield f"a smoke test on {count} texts, not a sign-off"
-    for judged, items, use in (("retrieval", "queries", "search"), ("sts", "pairs", "similarity")):
-        found = report.get(judged)
-        if found and found[items] < JUDGED_ITEMS:
-            yield f"{found[items]} {items} are too few to judge {use} by"
+    for judged, items, one, use in (
+        ("retrieval", "queries", "query", "search"),
+        ("sts", "pairs", "pair", "similarity"),
+    ):
+        if (found := report.get(judged)) and found[items] < JUDGED_ITEMS:
+            are = f"{one} is" if found[items] == 1 else f"{items} are"
+            yield f"{found[items]} {are} too few to judge {use} by"
+
+
+def _moved(report: Mapping[str, Any]) -> float:
+    """How far a text's vectors lie apart, 1 - cosine at most."""
     moved = report.get("invariance") or {}
-    distance = max((moved[key] for key in ("alone", "shuffled", "neighbours") if moved), default=0)
-    if distance > BATCH_DISTANCE:
-        yield f"a text's vector depends on its batch, by up to {distance:.1e} of 1 - cosine"
+    return max((moved[key] for key in ("alone", "shuffled", "neighbours") if moved), default=0.0)
 
 
 def _listed(names: Sequence[str]) -> str:

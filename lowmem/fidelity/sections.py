@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowmem.artifact.verdict import Floor
-from lowmem.fidelity.readiness import GROUP_TEXTS, STATES, readiness
+from lowmem.fidelity.readiness import GROUP_TEXTS, STATES, cautions, readiness
 
 Report = Mapping[str, Any]
 _TITLES = {"length": "By length, in tokens", "language": "By language"}
@@ -25,11 +25,12 @@ def verdicts(reports: Sequence[Report], floor: Floor) -> list[dict[str, Any]]:
         found = readiness(report, floor)
         one = said.setdefault(
             (found["state"], found["words"]),
-            {"state": found["state"], "words": found["words"], "plans": [], "cautions": []},
+            {"state": found["state"], "words": found["words"], "plans": [], "reports": []},
         )
         one["plans"].append({"plan": report["plan"], "reasons": found["reasons"]})
-        if found["caution"] and found["caution"] not in one["cautions"]:
-            one["cautions"].append(found["caution"])
+        one["reports"].append(report)
+    for one in said.values():
+        one["cautions"] = cautions(one.pop("reports"))
     return sorted(said.values(), key=lambda one: STATES.index(one["state"]))
 
 

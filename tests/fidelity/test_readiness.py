@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from lowmem.artifact.verdict import FLOORS
-from lowmem.fidelity.readiness import readiness
+from lowmem.fidelity.readiness import cautions, readiness
 
 STANDARD = FLOORS["standard"]
 
@@ -124,7 +124,7 @@ def test_few_queries_and_pairs_say_nothing_of_a_use() -> None:
     found = readiness(report(**few), STANDARD)
     assert found["state"] == "ready"
     assert found["caution"] == (
-        "1 queries are too few to judge search by; 19 pairs are too few to judge similarity by"
+        "1 query is too few to judge search by; 19 pairs are too few to judge similarity by"
     )
 
 
@@ -147,6 +147,17 @@ def test_few_texts_and_vectors_that_depend_on_their_batch_are_cautions() -> None
     assert both.startswith("a smoke test on 64 texts, not a sign-off; a text's vector depends on")
     still = {"texts": 6, "alone": 1e-9, "shuffled": 0.0, "neighbours": 1e-9}
     assert readiness(report(invariance=still), STANDARD)["caution"] is None
+
+
+def test_cautions_of_several_plans_are_said_once() -> None:
+    batches = [
+        {"texts": 6, "alone": far, "shuffled": 0.0, "neighbours": 0.0} for far in (0.0, 3e-3, 2e-4)
+    ]
+    reports = [report(texts={"count": 64}, invariance=moved) for moved in batches]
+    assert cautions(reports) == [
+        "a smoke test on 64 texts, not a sign-off",
+        "in 2 of 3 plans a text's vector depends on its batch, by up to 3.0e-03 of 1 - cosine",
+    ]
 
 
 def test_a_group_that_fails_is_named_though_no_other_of_its_kind_is_large() -> None:
