@@ -33,6 +33,24 @@ del large
 print(before - held())
 """
 
+TRIAL = """
+import re, sys, torch
+from lowmem.compute.heap import keep_freed_memory
+from lowmem.compute.operations import trials
+def held():
+    status = open("/proc/self/status").read()
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
+def form():
+    blocks = [torch.ones(2**19) for _ in range(40)]  # 80 MiB in blocks of 2
+    behind.append(torch.ones(2**18))
+torch.set_num_threads(1)
+keep_freed_memory()
+behind = []
+before = held()
+trials.fastest("what costs nothing", {"one": form, "other": form})
+print(held() - before)
+"""
+
 
 def printed(code: str) -> int:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -46,3 +64,8 @@ def test_what_one_layer_frees_serves_the_next_without_page_faults() -> None:
 
 def test_a_large_block_leaves_no_gap_before_what_came_after_it() -> None:
     assert printed(GAP) > 15 * 2**20
+
+
+def test_a_trial_leaves_none_of_its_memory_behind() -> None:
+    kept = 12 * 2**20  # of each call one block that is still in use
+    assert printed(TRIAL) < kept + 20 * 2**20

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lowmem import cache
+from lowmem.compute.heap import give_back_freed_memory
 from lowmem.hardware import Hardware, fingerprint
 from lowmem.hardware.probing import parse_cpu_features, parse_cpu_name
 
@@ -50,6 +51,7 @@ def fastest(question: str, forms: Mapping[str, Callable[[], object]]) -> str:
             seconds[form] = min(seconds[form], time.perf_counter() - start)
     winner = min(seconds, key=seconds.__getitem__)
     cache.write_json(name, {**(cache.read_json(name) or {}), key: winner})
+    give_back_freed_memory()
     return winner
 
 
