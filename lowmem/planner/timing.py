@@ -16,7 +16,7 @@ from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.manifest import Bundle
 from lowmem.compute.plan import Plan
 from lowmem.data import Row, load
-from lowmem.errors import LowmemError
+from lowmem.errors import BundleError, LowmemError
 from lowmem.hardware import Hardware
 from lowmem.measure import measure, package_versions
 from lowmem.planner import window
@@ -54,10 +54,14 @@ def time_plans(
 
     Returns:
         The plans in the same order; one that fails to run is dropped with the error as reason.
+
+    Raises:
+        BundleError: No plan is left, and this is why one of them is not.
     """
     workloads, layers = _workloads(subject.config, plans), subject.config.num_hidden_layers
     timings = _Timings(f"timings-{hardware.fingerprint(machine)}")
-    timed = []
+    timed: list[Plan] = []
+    damages: list[BundleError] = []
     for plan in plans:
         if plan.dropped is not None or plan.tokens_per_second is not None:
             timed.append(plan)
@@ -74,6 +78,8 @@ def time_plans(
                 )
             except LowmemError as error:
                 logger.warning("%s cannot run: %s", plan.id, error)
+                if isinstance(error, BundleError):
+                    damages.append(error)
                 timed.append(plan.with_(dropped=str(error)))
                 continue
             speed, computing = record.tokens_per_second, record.computing_tokens_per_second
@@ -91,6 +97,8 @@ def time_plans(
                 plan, subject, copy_bandwidth=bandwidth, computing=computing
             )
         timed.append(plan.with_(tokens_per_second=speed))
+    if damages and all(plan.dropped is not None for plan in timed):
+        raise damages[0]
     return timed
 
 
