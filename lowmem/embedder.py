@@ -19,7 +19,7 @@ from lowmem.compute.plan import Plan
 from lowmem.errors import InputError
 from lowmem.planner.candidates import AUTO, Wishes
 from lowmem.planner.choice import choose
-from lowmem.progress import bar
+from lowmem.progress import Steps, bar, silent
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class Embedder:
         schedule: str = AUTO,
         floor: str = "standard",
         repeated: float = 0.0,
+        show_progress_bar: bool = False,
     ) -> Embedder:
         """Chooses a plan for this machine and loads it.
 
@@ -81,6 +82,8 @@ class Embedder:
             repeated: About which part of what will be embedded repeats an earlier text's
                 instruction, at least 0 and below 1. There are plans that compute it once: 0.6 is
                 right for short queries with one instruction.
+            show_progress_bar: Whether to show on stderr how far the timing of plans has come: the
+                first load on a machine times each once.
 
         Raises:
             BundleError: The bundle is missing, damaged, or not what was exported.
@@ -97,6 +100,7 @@ class Embedder:
             wishes=Wishes(variant, engine, device, compute, schedule),
             floor=parse_floor(floor),
             repeated=repeated,
+            progress=Steps() if show_progress_bar else silent,
         )
         plan = choice.get()
         if choice.warning:

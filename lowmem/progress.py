@@ -10,6 +10,11 @@ from contextlib import contextmanager
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, steps done, steps in all)."""
 
+
+def silent(what: str, done: int, total: int) -> None:
+    """A ``Progress`` that shows nothing."""
+
+
 _LINE_SECONDS = 30.0
 
 

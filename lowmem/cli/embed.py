@@ -60,6 +60,7 @@ def embed(
         schedule=schedule,
         floor=floor,
         repeated=repeated_share([row.text for row in rows], prompts),
+        show_progress_bar=True,
     )
     typer.echo(options.wrapped(f"plan {model.plan.id}: {model.plan.reason}"), err=True)
     computed = mapped(

@@ -19,6 +19,7 @@ from lowmem.errors import InputError
 from lowmem.planner import cards
 from lowmem.planner.candidates import Subject, Wishes
 from lowmem.planner.choice import Choice, choose, foresee
+from lowmem.progress import Steps
 
 
 def plan(
@@ -63,7 +64,7 @@ def plan(
             floor=least,
             machine=machine,
             time_all=True,
-            on_plan=lambda timed: typer.echo(f"timing {timed.id}", err=True),
+            progress=Steps(),
         )
     if as_json:
         typer.echo(json.dumps(to_json(choice), indent=2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from lowmem.hardware import Hardware
 from lowmem.planner import estimate, window
 from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates, with_streamed_twins
 from lowmem.planner.timing import time_plans
+from lowmem.progress import Progress, silent
 
 BUILT_IN_TEXTS = ("probe", "quick")
 # By as much the timings of one plan differ from one minute to the next.
@@ -63,7 +64,7 @@ def choose(
     machine: Hardware | None = None,
     repeated: float = 0.0,
     time_all: bool = False,
-    on_plan: Callable[[Plan], None] = lambda plan: None,
+    progress: Progress = silent,
 ) -> Choice:
     """Plans a bundle on a machine.
 
@@ -78,7 +79,7 @@ def choose(
         repeated: Part of what will be embedded that repeats an earlier text's instruction, at
             least 0 and below 1: there are plans that compute it once.
         time_all: Whether to time every candidate, and not only those the choice is among.
-        on_plan: Told each plan before it is timed.
+        progress: Told of each plan before it is timed.
 
     Raises:
         InputError: A name in the wishes is unknown, or nothing matches them.
@@ -91,14 +92,14 @@ def choose(
         for plan in candidates(subject, machine, wishes)
     ]
     if time_all:
-        timed = time_plans(plans, bundle, subject, machine, on_plan)
-        plans = time_plans(with_streamed_twins(timed), bundle, subject, machine, on_plan)
+        timed = time_plans(plans, bundle, subject, machine, progress)
+        plans = time_plans(with_streamed_twins(timed), bundle, subject, machine, progress)
     while True:
         tier, kind = _best_tier(plans, wishes)
         # A streamed plan is timed even if it is alone, since its window follows from that.
         if len(tier) < 2 and not any(plan.schedule == "streamed" for plan in tier):
             break
-        timed = time_plans(tier, bundle, subject, machine, on_plan)
+        timed = time_plans(tier, bundle, subject, machine, progress)
         known = {plan.id: plan for plan in timed}
         plans = with_streamed_twins([known.get(plan.id, plan) for plan in plans])
         if all(plan.dropped is None for plan in timed):

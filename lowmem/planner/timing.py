@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from lowmem import cache, hardware
 from lowmem.artifact import strict_json
@@ -21,6 +21,7 @@ from lowmem.hardware import Hardware
 from lowmem.measure import measure, package_versions
 from lowmem.planner import window
 from lowmem.planner.candidates import Subject
+from lowmem.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def time_plans(
     bundle: Bundle,
     subject: Subject,
     machine: Hardware,
-    on_plan: Callable[[Plan], None] = lambda plan: None,
+    progress: Progress = silent,
 ) -> list[Plan]:
     """Fills in ``tokens_per_second`` of every candidate, from the cache or by a short prefill.
 
@@ -50,7 +51,7 @@ def time_plans(
         bundle: The bundle.
         subject: What is planned for; from its shape follows the length of the prefill.
         machine: Where this is.
-        on_plan: Told each plan before it is timed.
+        progress: Told of each plan before it is timed.
 
     Returns:
         The plans in the same order; one that fails to run is dropped with the error as reason.
@@ -60,17 +61,22 @@ def time_plans(
     """
     workloads, layers = _workloads(subject.config, plans), subject.config.num_hidden_layers
     timings = _Timings(f"timings-{hardware.fingerprint(machine)}")
+    keys = {
+        plan.id: _key(plan, bundle, workloads[plan.device], layers)
+        for plan in plans
+        if plan.dropped is None and plan.tokens_per_second is None
+    }
+    unknown = [id_ for id_, key in keys.items() if not timings.has(key)]
     timed: list[Plan] = []
     damages: list[BundleError] = []
     for plan in plans:
-        if plan.dropped is not None or plan.tokens_per_second is not None:
+        if plan.id not in keys:
             timed.append(plan)
             continue
-        rows = workloads[plan.device]
-        key = _key(plan, bundle, rows, layers)
-        speed, computing = timings.get(key), timings.get(f"{key}-computing")
+        rows, key = workloads[plan.device], keys[plan.id]
+        speed, computing = timings.get(key), timings.get(_computing(key))
         if speed is None or computing is None:
-            on_plan(plan)
+            progress("timing plans", unknown.index(plan.id), len(unknown))
             try:
                 repeats = _DEVICE_REPEATS if plan.device == "cuda" else 1
                 record = measure(
@@ -83,7 +89,7 @@ def time_plans(
                 timed.append(plan.with_(dropped=str(error)))
                 continue
             speed, computing = record.tokens_per_second, record.computing_tokens_per_second
-            timings.add({key: speed, f"{key}-computing": computing})
+            timings.add({key: speed, _computing(key): computing})
         if plan.schedule == "streamed" and plan.device == "cpu":
             bandwidth = _read_bandwidth(plan, bundle, timings)
             plan = window.sized(
@@ -148,10 +154,19 @@ class _Timings:
         value = self._known.get(key)
         return value if isinstance(value, float) and value > 0 else None
 
+    def has(self, key: str) -> bool:
+        """Whether a plan was timed, by its key."""
+        return self.get(key) is not None and self.get(_computing(key)) is not None
+
     def add(self, measured: Mapping[str, float]) -> None:
         """Adds to what others may have added meanwhile."""
         self._known = {**(cache.read_json(self._name) or {}), **measured}
         cache.write_json(self._name, self._known)
+
+
+def _computing(key: str) -> str:
+    """The key of a plan's speed had the weights always been there."""
+    return f"{key}-computing"
 
 
 def _read_bandwidth(plan: Plan, bundle: Bundle, timings: _Timings) -> float:

@@ -17,7 +17,12 @@ def test_speeds_that_were_measured_before_are_known_without_running(tiny_bundle,
     other = plan.with_(variant="int8")
     assert timing.known_speeds([plan, other], bundle, config, machine) == {}
     monkeypatch.setattr(timing, "measure", lambda *_, **__: Record(1, 100, 0.0, [2.0]))
-    timing.time_plans([plan], bundle, Subject.of_bundle(bundle), machine)
+    subject = Subject.of_bundle(bundle)
+    timing.time_plans([plan], bundle, subject, machine)
+    steps = []
+    third = plan.with_(variant="int4")
+    timing.time_plans([plan, third], bundle, subject, machine, lambda *step: steps.append(step))
+    assert steps == [("timing plans", 0, 1)]
     monkeypatch.setattr(timing, "measure", None)
     assert timing.known_speeds([plan, other], bundle, config, machine) == {plan.id: 50.0}
 
