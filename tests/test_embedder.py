@@ -320,7 +320,7 @@ def test_load_runs_the_plan_that_was_asked_for(bundles: dict[str, Path]) -> None
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"variant": "int4"}, "variant must be auto or one of fp16, got 'int4'"),
+        ({"variant": "int4"}, "one of fp16, got 'int4'; lowmem export makes others"),
         ({"engine": "tensorrt"}, "engine must be auto or one of onnxruntime, torch"),
         ({"floor": "high"}, "a floor is strict, standard, loose, or"),
     ],

@@ -116,6 +116,8 @@ class Bundle:
         """
         self.path = Path(path)
         file = self.path / MANIFEST
+        if not os.path.lexists(self.path):
+            raise BundleError(f"{path} is not there")
         if os.access(self.path, os.X_OK) and self.path.is_dir() and not file.exists():
             raise BundleError(f"{path} is no bundle: it has no {MANIFEST}; lowmem export makes one")
         self.manifest = parse_manifest(strict_json.read_object(file), str(file))

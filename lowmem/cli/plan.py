@@ -142,7 +142,9 @@ def _directory(subject: str) -> Path:
         return Path(subject)
     model = None if os.path.exists(subject) else hub.parse_id(subject)
     if model is None:
+        export_first = ": export it first" if os.path.isfile(subject) else ""
         raise InputError(
             f"plan takes a bundle, a model directory or a hub id ORG/NAME, and {subject!r} is none"
+            f"{export_first}"
         )
     return hub.fetch(model, "config.json").parent

@@ -132,8 +132,10 @@ class Wishes:
         for name, values in known.items():
             wish = getattr(self, name)
             if wish != AUTO and wish not in values:
+                others = "; lowmem export makes others" if name == "variant" else ""
                 raise InputError(
                     f"{name} must be auto or one of {', '.join(sorted(values))}, got {wish!r}"
+                    f"{others}"
                 )
         if self.device == "cuda" and not hardware.gpus:
             raise BackendError(hardware.why_no_gpu)

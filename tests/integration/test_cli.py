@@ -208,7 +208,7 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(cli_bundle, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("info", "nowhere"), "nowhere"),
+        (("info", "nowhere"), "nowhere is not there"),
         (("embed", "BUNDLE", "missing.txt", "v.npy"), "missing.txt"),
         (("embed", "BUNDLE", "t.txt", "v.csv"), "v.csv"),
         (("embed", "BUNDLE", "t.txt", "v.npy", "--variant", "int3"), "variant must be auto or one"),
@@ -241,7 +241,7 @@ def test_the_chosen_plan_and_its_reason_go_to_stderr(cli_bundle, tmp_path):
         ),
         (("export", "/no/such/model", "new"), "there is no /no/such/model"),
         (("plan", "/no/such/bundle"), "a bundle, a model directory or a hub id ORG/NAME, and"),
-        (("plan", "t.txt"), "and 't.txt' is none"),
+        (("plan", "t.txt"), "and 't.txt' is none: export it first"),
         (("export", *SOURCE, "new", "--device", "tpu"), "device must be auto or one of"),
         (("export", *SOURCE, "new", "--max-memory", "much"), "--max-memory must be a size such as"),
         (("export", *SOURCE, "new", "--max-memory", "90M"), "reference vectors may need"),
