@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
-from types import TracebackType
 from typing import IO, Any
 
 from lowmem import errors
@@ -43,14 +42,9 @@ class Child:
     def __enter__(self) -> Child:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._running is not None:
-            self._running.end(at_once=error is not None)
+            self._running.end(at_once=kind is not None)
 
     @property
     def peak_bytes(self) -> int:

@@ -91,7 +91,7 @@ def test_a_process_that_hangs_is_given_up():
 def test_a_process_ends_when_its_parent_gives_up_on_it():
     child = Child(SERVING, "it")
     pid = child.ask({"bytes": 1})["pid"]
-    child.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    child.__exit__(KeyboardInterrupt)
     assert not _is_alive(pid)
 
 
