@@ -19,7 +19,18 @@ from lowmem.errors import BundleError
 _CLIPPING = tuple(float(factor) for factor in np.linspace(1.0, 0.5, 16))
 _BLOCK_ELEMENTS = 2**18  # what stays in a processor's cache
 _FEW_VALUES = 2**15
+
+# By way of numpy, which knows no default device.
+_BOOK = torch.from_numpy(nf4_layout.CODE_BOOK)
+_CODES = torch.from_numpy(np.arange(len(_BOOK), dtype=np.uint8))
+_MIDDLES = (_BOOK[1:] + _BOOK[:-1]) / 2
 _PARTS = 64
+_EDGES = torch.from_numpy(np.linspace(-1, 1, _PARTS + 1, dtype=np.float32))
+# The code below a part's middle and the one above; a value next to an edge may be rounded into
+# either part. In one that holds no middle the two are the same, and any middle will do.
+_LOWER = torch.bucketize(_EDGES[:-1] - 1 / _PARTS**2, _MIDDLES)
+_UPPER = torch.bucketize(_EDGES[1:] + 1 / _PARTS**2, _MIDDLES)
+_PART_MIDDLES = _MIDDLES[_LOWER.clamp_max(len(_MIDDLES) - 1)]
 # What a group of zeros gets: a scale that is not zero, in any arithmetic.
 _SMALLEST_SCALES = {
     torch.float16: float(np.finfo(np.float16).smallest_subnormal),
@@ -129,16 +140,15 @@ def _whole_numbers(lowest: int, highest: int) -> Callable[[Tensor], Tensor]:
 
 def nf4_codes(values: Tensor) -> Tensor:
     """The nearest of the 16 normal floats to each value, uint8; the lower one of two as near."""
-    return _of_nearest(values, torch.arange(16, dtype=torch.uint8))
+    return _of_nearest(values, _CODES)
 
 
 def _normal_floats(values: Tensor) -> Tensor:
-    book = torch.from_numpy(nf4_layout.CODE_BOOK)
     if values.numel() > _FEW_VALUES:
-        return _of_nearest(values, book)
+        return _of_nearest(values, _BOOK)
     # A column at a time is too little for many passes: here the search is the faster one.
-    book = book.to(values.device)
-    return book[torch.bucketize(values, (book[1:] + book[:-1]) / 2)]
+    device = values.device
+    return _BOOK.to(device)[torch.bucketize(values, _MIDDLES.to(device))]
 
 
 def _of_nearest(values: Tensor, meanings: Tensor) -> Tensor:
@@ -151,19 +161,12 @@ def _of_nearest(values: Tensor, meanings: Tensor) -> Tensor:
         values: float32, of any shape.
         meanings: Of each normal float, ``[16]``.
     """
-    book = torch.from_numpy(nf4_layout.CODE_BOOK)
-    middles = (book[1:] + book[:-1]) / 2
-    edges = torch.linspace(-1, 1, _PARTS + 1)
-    # A value next to an edge may be rounded into either part.
-    lower = torch.bucketize(edges[:-1] - 1 / _PARTS**2, middles)
-    upper = torch.bucketize(edges[1:] + 1 / _PARTS**2, middles)
-    middle = middles[lower.clamp_max(14)]  # any will do in a part that holds none
     part = values.add(1).mul_(_PARTS / 2).clamp_(0, _PARTS - 1).nan_to_num_(0).int().flatten()
-    above = middle.to(values.device).index_select(0, part).view_as(values)
+    above = _PART_MIDDLES.to(values.device).index_select(0, part).view_as(values)
     # One where a value lies above the middle: comparing takes longer than arithmetic.
     torch.sub(values, above, out=above).sign_().clamp_(0, 1).nan_to_num_(0)
     part.add_(above.flatten().int(), alpha=_PARTS)
-    table = torch.cat([meanings[lower], meanings[upper]]).to(values.device)
+    table = torch.cat([meanings[_LOWER], meanings[_UPPER]]).to(values.device)
     return table.index_select(0, part).view_as(values)
 
 
