@@ -6,6 +6,7 @@ turns a crash or a kill by the system into a reason instead of the end of the ca
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +23,7 @@ from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import BundleError
+from lowmem.hardware.queueing import queued_seconds
 
 PACKAGES = (
     "lowmem",
@@ -60,6 +62,7 @@ class Record:
         load_seconds: From the start of loading to ready.
         seconds: Each timed pass over all texts, tokenization left out.
         waited_seconds: Of all timed passes, how long arithmetic waited for weights.
+        queued_seconds: Of all timed passes, how long threads waited for a core, summed over them.
         peak_host_bytes: Most RssAnon + RssShmem of the process tree until then.
         peak_device_bytes: Most memory of the CUDA device until then, 0 on a CPU.
         versions: Packages that took part.
@@ -70,6 +73,7 @@ class Record:
     load_seconds: float
     seconds: list[float]
     waited_seconds: float = 0.0
+    queued_seconds: float = 0.0
     token_pairs: int = 0
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
@@ -119,6 +123,7 @@ class Measuring:
         rows: Sequence[Row],
         *,
         repeats: int = 1,
+        least_seconds: float = 0.0,
         passes: Sequence[Pass] = (),
         warm_up: bool = True,
         vectors: Path | None = None,
@@ -129,6 +134,7 @@ class Measuring:
         Args:
             rows: The texts; those over the contract's limit are cut, EOS kept.
             repeats: Timed passes over all texts.
+            least_seconds: How long they take together at least: as many follow as are needed.
             passes: What to run in place of them, one after another.
             warm_up: Whether to run the shortest text first, on a card all of them, untimed.
             vectors: Where to write the vectors as ``.npy``, float32 ``[texts, hidden_size]``; of
@@ -143,6 +149,7 @@ class Measuring:
             "rows": [{name: getattr(row, name) for name in _ROW_KEYS} for row in rows],
             "passes": [asdict(one) for one in passes or [Pass(tuple(range(len(rows))))] * repeats],
             "keeps_all": bool(passes),
+            "least_seconds": least_seconds,
             "warm_up": warm_up,
             "vectors": None if vectors is None else str(vectors),
         }
@@ -156,6 +163,7 @@ def measure(
     rows: Sequence[Row],
     *,
     repeats: int = 1,
+    least_seconds: float = 0.0,
     warm_up: bool = True,
     vectors: Path | None = None,
     timeout_seconds: float | None = None,
@@ -165,6 +173,7 @@ def measure(
         return measuring.run(
             rows,
             repeats=repeats,
+            least_seconds=least_seconds,
             warm_up=warm_up,
             vectors=vectors,
             timeout_seconds=timeout_seconds,
@@ -226,10 +235,13 @@ class _Loaded:
             shortest = min(texts, key=lambda text: len(text.input_ids))
             first = texts if self._is_on_card else [shortest]
             runner.embed(first, normalize=normalize, must_be_finite=False)
-        waited_before = runner.waited_seconds
-        seconds = []
+        waited_before, queued_before = runner.waited_seconds, queued_seconds()
+        seconds: list[float] = []
         embedded: list[NDArray[np.float32]] = []
-        for one in job["passes"]:
+        for number in itertools.count():
+            if number >= len(job["passes"]) and sum(seconds) >= job["least_seconds"]:
+                break
+            one = job["passes"][number % len(job["passes"])]
             given = [texts[row] for row in one["rows"]]
             start = time.perf_counter()
             vectors = runner.embed(
@@ -237,6 +249,7 @@ class _Loaded:
             )
             seconds.append(time.perf_counter() - start)
             embedded = [*embedded, vectors] if job["keeps_all"] else [vectors]
+        queued = max(0.0, queued_seconds() - queued_before)  # less where threads have ended
         if job["vectors"] is not None:
             np.save(job["vectors"], np.concatenate(embedded))
         lengths = [len(text.input_ids) for text in texts]
@@ -248,6 +261,7 @@ class _Loaded:
             load_seconds=self._load_seconds,
             seconds=seconds,
             waited_seconds=runner.waited_seconds - waited_before,
+            queued_seconds=queued,
             peak_device_bytes=runner.peak_device_bytes,
             versions=package_versions(),
         )

@@ -1,6 +1,7 @@
 """One plan in a child process: what it reports of the workloads it is given."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_passes_give_their_vectors_one_behind_the_other(tiny_bundle, tmp_path):
     found, expected = np.load(tmp_path / "passes.npy"), np.load(tmp_path / "vectors.npy")
     distances = np.linalg.norm(found - expected[[2, 0, 1, 2]], axis=1)
     assert distances.max() < INVARIANCE_DISTANCE
+
+
+def test_passes_are_repeated_until_they_have_taken_long_enough(tiny_bundle):
+    with Measuring(Bundle(tiny_bundle), PLAN) as measuring:
+        once = measuring.run(ROWS)
+        often = measuring.run(ROWS, least_seconds=0.2)
+    assert len(once.seconds) == 1
+    assert sum(often.seconds[:-1]) < 0.2 <= sum(often.seconds)
+    assert 0 <= often.queued_seconds < sum(often.seconds) * (os.cpu_count() or 1)
 
 
 def test_an_error_of_the_child_keeps_its_class_and_text(tiny_bundle):

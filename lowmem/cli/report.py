@@ -176,7 +176,7 @@ def _compare(
     """Embeds everything, with the time that is left and the plans that fail on stderr."""
     config = subject.config
     cpu_speed = reference.products_per_second() / (2 * config.linear_weights)
-    speeds = known_speeds(plans, bundle, config, machine)
+    speeds = known_speeds(plans, bundle, subject, machine)
     tokens, own = wanted.plan_tokens, wanted.reference_tokens
     pace = Pace(plans, tokens, own, speeds, cpu_speed)
     count = f"{len(plans)} plan{'s' if len(plans) > 1 else ''}"

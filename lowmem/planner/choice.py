@@ -17,7 +17,7 @@ from lowmem.errors import CapacityError
 from lowmem.hardware import Hardware
 from lowmem.planner import estimate, window
 from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates, with_streamed_twins
-from lowmem.planner.timing import time_plans
+from lowmem.planner.timing import time_plans, time_rivals_again
 from lowmem.progress import Progress, silent
 
 BUILT_IN_TEXTS = ("probe", "quick")
@@ -92,7 +92,7 @@ def choose(
         for plan in candidates(subject, machine, wishes)
     ]
     if time_all:
-        timed = time_plans(plans, bundle, subject, machine, progress)
+        timed = time_plans(plans, bundle, subject, machine, progress, disturbed_again=True)
         plans = time_plans(with_streamed_twins(timed), bundle, subject, machine, progress)
     while True:
         tier, kind = _best_tier(plans, wishes)
@@ -103,7 +103,9 @@ def choose(
         known = {plan.id: plan for plan in timed}
         plans = with_streamed_twins([known.get(plan.id, plan) for plan in plans])
         if all(plan.dropped is None for plan in timed):
-            tier = timed
+            tier = time_rivals_again(timed, bundle, subject, machine, progress)
+            known = {plan.id: plan for plan in tier}
+            plans = [known.get(plan.id, plan) for plan in plans]
             break
     if not tier:
         return Choice(machine, _ordered(plans), None, _nothing_left(plans, bundle))

@@ -1,19 +1,15 @@
-"""How fast each plan is on this machine, measured in a process of its own and remembered.
-
-Timings are cached by machine, driver, versions and artifact; which plan to run never is, because
-free memory changes.
-"""
+"""How fast each plan is on this machine, measured in a process of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from lowmem import cache, hardware
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.tensors import some_names
 from lowmem.compute.plan import Plan
 from lowmem.data import Row, load
 from lowmem.errors import BundleError, LowmemError
@@ -21,6 +17,7 @@ from lowmem.hardware import Hardware
 from lowmem.measure import measure, package_versions
 from lowmem.planner import window
 from lowmem.planner.candidates import Subject
+from lowmem.planner.remembered import Timing, Timings
 from lowmem.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -32,6 +29,9 @@ _CHARACTERS_PER_TOKEN = 4
 _TIMEOUT_SECONDS = 600
 # A pass on a card takes too little time for one of them to be sure of.
 _DEVICE_REPEATS = 3
+# One run of each does not tell plans apart that reach so much of the fastest's speed.
+_RIVALS_SHARE = 0.8
+_RIVALS_RUNS = 2
 
 
 def time_plans(
@@ -40,6 +40,8 @@ def time_plans(
     subject: Subject,
     machine: Hardware,
     progress: Progress = silent,
+    *,
+    disturbed_again: bool = False,
 ) -> list[Plan]:
     """Fills in ``tokens_per_second`` of every candidate, from the cache or by a short prefill.
 
@@ -52,6 +54,8 @@ def time_plans(
         subject: What is planned for; from its shape follows the length of the prefill.
         machine: Where this is.
         progress: Told of each plan before it is timed.
+        disturbed_again: Whether plans that were timed while other programs kept the CPU busy are
+            timed once more.
 
     Returns:
         The plans in the same order; one that fails to run is dropped with the error as reason.
@@ -59,64 +63,80 @@ def time_plans(
     Raises:
         BundleError: No plan is left, and this is why one of them is not.
     """
-    workloads, layers = _workloads(subject.config, plans), subject.config.num_hidden_layers
-    timings = _Timings(f"timings-{hardware.fingerprint(machine)}")
-    keys = {
-        plan.id: _key(plan, bundle, workloads[plan.device], layers)
-        for plan in plans
-        if plan.dropped is None and plan.tokens_per_second is None
-    }
-    unknown = [id_ for id_, key in keys.items() if not timings.has(key)]
+    stopwatch = _Stopwatch(plans, bundle, subject, machine)
+    wanted = [plan for plan in plans if plan.dropped is None and plan.tokens_per_second is None]
+    missing = [plan for plan in wanted if stopwatch.is_missing(plan, disturbed_again)]
     timed: list[Plan] = []
     damages: list[BundleError] = []
     for plan in plans:
-        if plan.id not in keys:
+        if plan not in wanted:
             timed.append(plan)
             continue
-        rows, key = workloads[plan.device], keys[plan.id]
-        speed, computing = timings.get(key), timings.get(_computing(key))
-        if speed is None or computing is None:
-            progress("timing plans", unknown.index(plan.id), len(unknown))
-            try:
-                repeats = _DEVICE_REPEATS if plan.device == "cuda" else 1
-                record = measure(
-                    bundle, plan, rows, repeats=repeats, timeout_seconds=_TIMEOUT_SECONDS
-                )
-            except LowmemError as error:
-                logger.warning("%s cannot run: %s", plan.id, error)
-                if isinstance(error, BundleError):
-                    damages.append(error)
-                timed.append(plan.with_(dropped=str(error)))
-                continue
-            speed, computing = record.tokens_per_second, record.computing_tokens_per_second
-            timings.add({key: speed, _computing(key): computing})
-        if plan.schedule == "streamed" and plan.device == "cpu":
-            bandwidth = _read_bandwidth(plan, bundle, timings)
-            plan = window.sized(
-                plan,
-                subject,
-                machine,
-                copy_bandwidth=bandwidth,
-                tokens_per_second=computing,
-            )
-            speed = window.tokens_per_second(
-                plan, subject, copy_bandwidth=bandwidth, computing=computing
-            )
-        timed.append(plan.with_(tokens_per_second=speed))
+        try:
+            if plan in missing:
+                progress("timing plans", missing.index(plan), len(missing))
+                stopwatch.run(plan)
+            timed.append(stopwatch.filled_in(plan))
+        except LowmemError as error:
+            logger.warning("%s cannot run: %s", plan.id, error)
+            if isinstance(error, BundleError):
+                damages.append(error)
+            timed.append(plan.with_(dropped=str(error)))
     if damages and all(plan.dropped is not None for plan in timed):
         raise damages[0]
+    if disturbed := [plan.id for plan in wanted if stopwatch.was_disturbed(plan)]:
+        logger.warning(
+            "other programs kept the CPU busy while %s timed: faster than it looks, and timed "
+            "again by lowmem plan",
+            some_names(disturbed, 2) + (" was" if len(disturbed) == 1 else " were"),
+        )
     return timed
 
 
+def time_rivals_again(
+    plans: Sequence[Plan],
+    bundle: Bundle,
+    subject: Subject,
+    machine: Hardware,
+    progress: Progress = silent,
+) -> list[Plan]:
+    """Times resident plans again where one run of each hardly tells them from the fastest.
+
+    Args:
+        plans: Plans that :func:`time_plans` timed.
+        bundle: The bundle.
+        subject: What is planned for.
+        machine: Where this is.
+        progress: Told of each plan before it is timed.
+
+    Returns:
+        The plans in the same order, each as fast as the faster of its runs.
+    """
+    stopwatch = _Stopwatch(plans, bundle, subject, machine)
+    least = _RIVALS_SHARE * max((plan.speed for plan in plans), default=0.0)
+    rivals = [plan for plan in plans if plan.schedule == "resident" and plan.speed >= least]
+    unsure = [plan for plan in rivals if stopwatch.runs(plan) < _RIVALS_RUNS]
+    if len(rivals) < 2:
+        return list(plans)
+    again = {plan.id: plan for plan in plans}
+    for number, plan in enumerate(unsure):
+        progress("timing the fastest again", number, len(unsure))
+        try:
+            stopwatch.run(plan)
+        except LowmemError as error:  # it has run before, and counts as fast as it was
+            logger.warning("%s cannot be timed again: %s", plan.id, error)
+            continue
+        again[plan.id] = stopwatch.filled_in(plan)
+    return list(again.values())
+
+
 def known_speeds(
-    plans: Sequence[Plan], bundle: Bundle, config: ModelConfig, machine: Hardware
+    plans: Sequence[Plan], bundle: Bundle, subject: Subject, machine: Hardware
 ) -> dict[str, float]:
     """Tokens per second of the plans that were timed before, by plan id; nothing is run."""
-    timings = cache.read_json(f"timings-{hardware.fingerprint(machine)}") or {}
-    workloads, layers = _workloads(config, plans), config.num_hidden_layers
-    keys = {plan.id: _key(plan, bundle, workloads[plan.device], layers) for plan in plans}
-    speeds = {id_: timings.get(key) for id_, key in keys.items()}
-    return {id_: s for id_, s in speeds.items() if isinstance(s, float) and s > 0}
+    stopwatch = _Stopwatch(plans, bundle, subject, machine)
+    timings = {plan.id: stopwatch.known(plan) for plan in plans}
+    return {id_: timing.tokens_per_second for id_, timing in timings.items() if timing}
 
 
 def workload(config: ModelConfig, device: str = "cpu") -> list[Row]:
@@ -138,60 +158,104 @@ def workload(config: ModelConfig, device: str = "cpu") -> list[Row]:
     return rows
 
 
-def _workloads(config: ModelConfig, plans: Sequence[Plan]) -> dict[str, list[Row]]:
-    """The workload of each device of the plans."""
-    return {device: workload(config, device) for device in {plan.device for plan in plans}}
+class _Stopwatch:
+    """Runs plans of one bundle on this machine, and remembers how fast they were."""
 
+    def __init__(
+        self, plans: Sequence[Plan], bundle: Bundle, subject: Subject, machine: Hardware
+    ) -> None:
+        self._bundle, self._subject, self._machine = bundle, subject, machine
+        self._timings = Timings(machine)
+        devices = {plan.device for plan in plans}
+        self._workloads = {device: workload(subject.config, device) for device in devices}
 
-class _Timings:
-    """What was measured on this machine, by keys; all of it positive."""
+    def known(self, plan: Plan) -> Timing | None:
+        """What is remembered of a plan."""
+        return self._timings.get(self._key(plan))
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._known = cache.read_json(name) or {}
+    def is_missing(self, plan: Plan, disturbed_again: bool) -> bool:
+        """Whether a plan is to be run."""
+        timing = self.known(plan)
+        return timing is None or (disturbed_again and timing.was_disturbed)
 
-    def get(self, key: str) -> float | None:
-        value = self._known.get(key)
-        return value if isinstance(value, float) and value > 0 else None
+    def was_disturbed(self, plan: Plan) -> bool:
+        """Whether a plan is likely faster than is known."""
+        timing = self.known(plan)
+        return timing is not None and timing.was_disturbed
 
-    def has(self, key: str) -> bool:
-        """Whether a plan was timed, by its key."""
-        return self.get(key) is not None and self.get(_computing(key)) is not None
+    def runs(self, plan: Plan) -> int:
+        """How often a plan was run."""
+        timing = self.known(plan)
+        return timing.runs if timing else 0
 
-    def add(self, measured: Mapping[str, float]) -> None:
-        """Adds to what others may have added meanwhile."""
-        self._known = {**(cache.read_json(self._name) or {}), **measured}
-        cache.write_json(self._name, self._known)
+    def run(self, plan: Plan) -> None:
+        """Times a plan in a process of its own; the fastest of its runs is remembered.
 
+        Raises:
+            LowmemError: It cannot run.
+        """
+        is_on_card = plan.device == "cuda"
+        record = measure(
+            self._bundle,
+            plan,
+            self._workloads[plan.device],
+            repeats=_DEVICE_REPEATS if is_on_card else 1,
+            least_seconds=0.0 if is_on_card else _PREFILL_SECONDS,
+            timeout_seconds=_TIMEOUT_SECONDS,
+        )
+        # What a card computes waits for no core.
+        queued = 0.0 if is_on_card else record.queued_seconds
+        timing = Timing(
+            record.tokens_per_second,
+            record.computing_tokens_per_second,
+            queued / (plan.threads * sum(record.seconds)),
+        )
+        known = self.known(plan)
+        self._timings.add(self._key(plan), known.or_faster(timing) if known else timing)
 
-def _computing(key: str) -> str:
-    """The key of a plan's speed had the weights always been there."""
-    return f"{key}-computing"
+    def filled_in(self, plan: Plan) -> Plan:
+        """A plan that was run with its speed, and the window that follows where it is streamed."""
+        timing = self.known(plan)
+        assert timing is not None, plan.id
+        if plan.schedule != "streamed" or plan.device != "cpu":
+            return plan.with_(tokens_per_second=timing.tokens_per_second)
+        bandwidth, computing = self._read_bandwidth(plan), timing.computing_tokens_per_second
+        plan = window.sized(
+            plan,
+            self._subject,
+            self._machine,
+            copy_bandwidth=bandwidth,
+            tokens_per_second=computing,
+        )
+        speed = window.tokens_per_second(
+            plan, self._subject, copy_bandwidth=bandwidth, computing=computing
+        )
+        return plan.with_(tokens_per_second=speed)
 
+    def _read_bandwidth(self, plan: Plan) -> float:
+        files = self._bundle.directory(plan.variant).glob("*.safetensors")
+        largest = max(files, key=lambda file: file.stat().st_size)
+        # The same artifact may lie on several disks.
+        artifact = self._bundle.artifact_sha256(plan.variant)
+        key = f"read-{largest.stat().st_dev}-{artifact}"
+        known = self._timings.bandwidth(key)
+        if known is None:
+            known = window.read_bandwidth(largest)
+            self._timings.add_bandwidth(key, known)
+        return known
 
-def _read_bandwidth(plan: Plan, bundle: Bundle, timings: _Timings) -> float:
-    files = bundle.directory(plan.variant).glob("*.safetensors")
-    largest = max(files, key=lambda file: file.stat().st_size)
-    # The same artifact may lie on several disks.
-    key = f"read-{largest.stat().st_dev}-{bundle.artifact_sha256(plan.variant)}"
-    known = timings.get(key)
-    if known is None:
-        known = window.read_bandwidth(largest)
-        timings.add({key: known})
-    return known
-
-
-def _key(plan: Plan, bundle: Bundle, rows: Sequence[Row], layers: int) -> str:
-    content = {
-        "plan": plan.id,
-        "threads": plan.threads,
-        "batch_tokens": plan.batch_tokens,
-        "window_tokens": plan.window_tokens,
-        # In eighths of the stack, so that a little more free memory does not mean a new timing.
-        "kept": 8 * plan.kept_layers // layers,
-        "drops_cache": plan.drops_cache,
-        "artifact": bundle.artifact_sha256(plan.variant),
-        "texts": [row.id for row in rows],
-        "versions": package_versions(),
-    }
-    return hashlib.sha256(strict_json.canonical(content)).hexdigest()[:32]
+    def _key(self, plan: Plan) -> str:
+        layers = self._subject.config.num_hidden_layers
+        content = {
+            "plan": plan.id,
+            "threads": plan.threads,
+            "batch_tokens": plan.batch_tokens,
+            "window_tokens": plan.window_tokens,
+            # In eighths of the stack, so that a little more free memory does not mean a new timing.
+            "kept": 8 * plan.kept_layers // layers,
+            "drops_cache": plan.drops_cache,
+            "artifact": self._bundle.artifact_sha256(plan.variant),
+            "texts": [row.id for row in self._workloads[plan.device]],
+            "versions": package_versions(),
+        }
+        return hashlib.sha256(strict_json.canonical(content)).hexdigest()[:32]

@@ -103,7 +103,7 @@ def test_timing_sizes_a_streamed_plan_without_what_it_waited_and_remembers_both(
     subject = Subject.of_bundle(bundle)
     runs = []
 
-    def measure(path, plan, rows, repeats, timeout_seconds):
+    def measure(path, plan, rows, **_):
         runs.append(plan)
         return Record(texts=1, tokens=4000, load_seconds=0.1, seconds=[10.0], waited_seconds=8.0)
 
