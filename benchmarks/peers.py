@@ -12,8 +12,9 @@ and must make the same token ids of them.
   makes of the demo's GGUF file, given the token ids, since its own tokenizer makes others.
 
 Workloads are those of ``lowmem/data/workloads.jsonl``; ``mixed`` is some of each, or the texts of
-``--corpus`` (a ``.jsonl`` with ``text``). Writes the record ``benchmarks/results/peers-cpu.json``;
-with ``--quick`` it takes less text, three rounds, and writes nothing.
+``--corpus`` (a ``.jsonl`` with ``text``). Writes the record ``benchmarks/results/peers-cpu.json``,
+or ``peers-cpu-vnni.json`` on a CPU with 8-bit instructions, which runs other plans; with
+``--quick`` it takes less text, three rounds, and writes nothing.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ import numpy as np
 import record
 from engines import PEER, Engine, Vectors, llama_files, tokenizer_of
 
-from lowmem import data
+from lowmem import data, hardware
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import FLOORS
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
+from lowmem.hardware import Hardware
 from lowmem.measure import measure_ceiling, package_versions
 from lowmem.planner.candidates import Wishes
 from lowmem.planner.choice import choose, repeated_share
@@ -47,6 +49,11 @@ TOKENS, QUICK_TOKENS = 6000, 800
 CORPUS_TEXTS = 2000
 # A corpus takes minutes, in which the moments of a machine even out.
 LONG_RUN_TOKENS = 20_000
+
+
+def record_name(machine: Hardware) -> str:
+    """The record of a kind of CPU."""
+    return "peers-cpu-vnni" if machine.has_vnni else "peers-cpu"
 
 
 def workloads(bundle: Bundle, corpus: Path | None, most_tokens: int) -> dict[str, list[Row]]:
@@ -153,7 +160,7 @@ def main() -> None:
         "--quick", action="store_true", help="less text and fewer rounds, no record"
     )
     arguments = parser.parse_args()
-    about = None if arguments.quick else record.head("peers-cpu", "make bench")
+    about = None if arguments.quick else record.head(record_name(hardware.probe()), "make bench")
     bundle = Bundle(arguments.bundle)
     rounds, tokens = (QUICK_ROUNDS, QUICK_TOKENS) if arguments.quick else (ROUNDS, TOKENS)
     found = workloads(bundle, arguments.corpus, tokens)

@@ -151,6 +151,7 @@ TABLES = {
     "demo": plans_table,
     "quantizers": quantizers_table,
     "peers-cpu": peers_table,
+    "peers-cpu-vnni": peers_table,
     "seven-billion": seven_billion_table,
 }
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")

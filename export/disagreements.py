@@ -40,7 +40,7 @@ def disagreements(
 
 
 def _tokenizer(tokenizer_files: Mapping[str, bytes], contract: Contract) -> str | None:
-    """What ``tokenizer.json`` loses or adds at the ends of a text, or None where it agrees."""
+    """What ``tokenizer.json`` leaves out or adds at the ends of a text, or None where it agrees."""
     pieces = Tokenizer.from_str(tokenizer_files[TOKENIZER].decode())
     pieces.no_truncation()
     pieces.no_padding()
@@ -52,10 +52,12 @@ def _tokenizer(tokenizer_files: Mapping[str, bytes], contract: Contract) -> str 
         return None
     problems = []
     if before and whole[:1] != before:
-        problems.append(f"loses BOS ({contract.bos_token_id})")
+        problems.append(f"no BOS ({contract.bos_token_id}) in front")
     if behind and whole[-1:] != behind:
-        problems.append(f"loses EOS ({contract.eos_token_id})")
-    return f"{TOKENIZER} " + (" and ".join(problems) or "adds tokens that the contract has not")
+        problems.append(f"no EOS ({contract.eos_token_id}) behind")
+    if not problems:
+        return f"{TOKENIZER} adds tokens that the contract has not"
+    return f"{TOKENIZER} puts {' and '.join(problems)}"
 
 
 def _poolings(stated: Stated, contract: Contract) -> Iterator[str]:

@@ -45,7 +45,7 @@ def write_groups(
     finished: Finished,
     progress: Progress,
     calibration: Calibration | None = None,
-) -> None:
+) -> dict[str, str]:
     """Reads each tensor of the source once, and writes it in every variant's format.
 
     Args:
@@ -57,6 +57,9 @@ def write_groups(
         finished: Groups that a killed export has left whole, which are not read again.
         progress: Told of each group before it is read.
         calibration: What quantizes the jobs that are calibrated; it reads finished layers, too.
+
+    Returns:
+        The sha256 of each file that was written.
 
     Raises:
         BundleError: A weight is not finite or does not fit its format, or the source changes.
@@ -94,8 +97,7 @@ def write_groups(
                 recording = recorder.submit(_record, group[0], written, writers, workspace)
         if recording is not None:
             recording.result()
-        for writer in writers.values():
-            writer.finish()
+        return {file: writer.finish() for file, writer in writers.items()}
 
 
 def _record(
@@ -104,10 +106,12 @@ def _record(
     writers: Mapping[str, TensorWriter],
     workspace: Workspace,
 ) -> None:
-    """Brings a group to the disk and notes it, while the next one is worked on."""
+    """Brings a group to the disk, notes and hashes it, while the next one is worked on."""
     for writer in writers.values():
         writer.sync()
     workspace.record(step, written)
+    for writer in writers.values():
+        writer.hash_written()
 
 
 def _groups(config: ModelConfig) -> list[list[str]]:

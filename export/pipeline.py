@@ -196,7 +196,9 @@ def export(
                 steered = _calibration(
                     source, config, contract, dtype, jobs, texts, scratch, device
                 )
-                write_groups(source, identity, dtype, jobs, workspace, finished, progress, steered)
+                hashes = write_groups(
+                    source, identity, dtype, jobs, workspace, finished, progress, steered
+                )
             errors = steered.errors if steered is not None else {}
             del steered
             written = {}
@@ -204,7 +206,12 @@ def export(
                 progress("graphs, checks and hashes", done, len(jobs))
                 directory = workspace.partial / job.name
                 written[job.name] = finish(
-                    directory, job, contract, errors.get(job.name, {}), onnx=onnx
+                    directory,
+                    job,
+                    contract,
+                    errors.get(job.name, {}),
+                    onnx=onnx,
+                    weights_sha256=hashes.get(job.file),
                 )
                 if job.layout is None:
                     check_linked(source, identity, written[job.name])

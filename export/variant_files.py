@@ -89,7 +89,13 @@ def check_linked(source: Source, identity: SourceIdentity, variant: Variant) -> 
 
 
 def finish(
-    directory: Path, job: Job, contract: Contract, errors: Mapping[str, float], *, onnx: bool
+    directory: Path,
+    job: Job,
+    contract: Contract,
+    errors: Mapping[str, float],
+    *,
+    onnx: bool,
+    weights_sha256: str | None = None,
 ) -> Variant:
     """Re-opens what was written, adds the graphs, and hashes all of it.
 
@@ -100,6 +106,7 @@ def finish(
         errors: Module to its error on the calibration texts, as calibration found it; none where
             the variant was not calibrated.
         onnx: Whether to write graphs.
+        weights_sha256: Of the file with the weights, where it is known.
 
     Raises:
         BundleError: It does not read back as it should.
@@ -109,11 +116,12 @@ def finish(
         raise BundleError(f"{job.name} does not read back in the formats it was written in")
     check_stock_files(directory, checkpoint.config, contract)
     graphs = write_graphs(directory, contract) if onnx else {}
+    known = {} if weights_sha256 is None else {SINGLE_FILE: weights_sha256}
     files = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             name = path.relative_to(directory).as_posix()
-            files[name] = FileEntry(path.stat().st_size, file_sha256(path))
+            files[name] = FileEntry(path.stat().st_size, known.get(name) or file_sha256(path))
     modules = _modules(checkpoint, errors)
     return Variant(job.name, job.recipe, _bits(checkpoint), modules, graphs, files)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import zlib
-from collections.abc import Collection, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -39,8 +41,10 @@ class TensorWriter:
         self._path = path
         self._layout = layout
         self._missing = set(layout.specs) - set(kept)
+        self._order = deque(layout.specs)
+        self._digest, self._hashed_bytes = hashlib.sha256(), 0
         self._checksums: dict[str, int] = {}
-        self._file = path.open("r+b" if kept else "xb", buffering=0)
+        self._file = path.open("r+b" if kept else "x+b", buffering=0)
         if kept:
             return
         try:
@@ -98,14 +102,33 @@ class TensorWriter:
         except OSError as error:
             self._raise(error)
 
-    def finish(self) -> None:
+    def hash_written(self) -> None:
+        """Hashes the file as far as nothing is missing; other tensors may be written meanwhile.
+
+        Raises:
+            OSError: What was written cannot be read.
+        """
+        while self._order and self._order[0] not in self._missing:
+            name = self._order.popleft()
+            end = self._layout.offsets[name] + self._layout.specs[name].nbytes
+            for block in _blocks(self._file.fileno(), self._hashed_bytes, end):
+                self._digest.update(block)
+            self._hashed_bytes = end
+
+    def finish(self) -> str:
         """Syncs the file to the disk; every tensor must have been written.
+
+        Returns:
+            The file's sha256.
 
         Raises:
             CapacityError: The disk is full.
+            OSError: What was written cannot be read.
         """
         assert not self._missing, sorted(self._missing)[:5]
         self.sync()
+        self.hash_written()
+        return self._digest.hexdigest()
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -157,11 +180,22 @@ def holds(path: Path, layout: Layout, checksums: Mapping[str, int]) -> bool:
 
 
 def _crc32(descriptor: int, offset: int, size: int) -> int:
-    checksum, end = 0, offset + size
-    while offset < end:
-        block = os.pread(descriptor, min(_BLOCK_BYTES, end - offset), offset)
-        if not block:
-            raise OSError(errno.EIO, "the file ends too early")
+    checksum = 0
+    for block in _blocks(descriptor, offset, offset + size):
         checksum = zlib.crc32(block, checksum)
-        offset += len(block)
     return checksum
+
+
+def _blocks(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
+    """The bytes of a part of a file; each block lies where the one before it did.
+
+    Raises:
+        OSError: The file ends before, or cannot be read.
+    """
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, end - begin)))
+    while begin < end:
+        size = os.preadv(descriptor, [buffer[: end - begin]], begin)
+        if not size:
+            raise OSError(errno.EIO, "the file ends too early")
+        yield buffer[:size]
+        begin += size

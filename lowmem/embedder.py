@@ -162,10 +162,16 @@ class Embedder:
         if isinstance(sentences, str):
             texts = [sentences]
         else:
-            has_order = isinstance(sentences, Iterable) and not isinstance(sentences, Set | Mapping)
+            has_order = isinstance(sentences, Iterable) and not isinstance(
+                sentences, Set | Mapping | bytes
+            )
             texts = list(sentences) if has_order else []
-            if not (has_order and all(isinstance(text, str) for text in texts)):
+            if not has_order:
                 raise InputError("sentences must be a string or a sequence of strings")
+            for place, text in enumerate(texts):
+                if not isinstance(text, str):
+                    kind = type(text).__name__
+                    raise InputError(f"sentences must be strings, and number {place} is {kind}")
         vectors = self.embed(
             texts,
             [prompt] * len(texts),

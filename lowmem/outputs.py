@@ -35,11 +35,11 @@ def check_output(path: Path, others: Iterable[Path | None] = ()) -> None:
             continue
         is_there = os.path.exists(other) and os.path.exists(target)
         if os.path.realpath(other) == target or (is_there and os.path.samefile(other, target)):
-            raise InputError(f"{path} cannot be written: the command names it twice")
+            raise InputError(f"{path} cannot be written: the command names that file twice")
         if os.path.isdir(other) and Path(target).is_relative_to(os.path.realpath(other)):
             raise InputError(
-                f"{path} cannot be written: it lies in {other}, which the command has another use "
-                "for"
+                f"{path} cannot be written: it lies in {other}, which the command reads or writes "
+                "otherwise: give a path outside of it"
             )
 
 

@@ -90,11 +90,20 @@ def test_any_sequence_of_strings_is_taken(model: Embedder) -> None:
         assert np.array_equal(model.encode(sentences), expected)
 
 
-@pytest.mark.parametrize(
-    "sentences", [[1, 2], ["a", None], b"bytes", [["a"]], {"a", "b"}, {"a": 1}, None]
-)
-def test_anything_but_strings_is_refused(model: Embedder, sentences: Any) -> None:
+@pytest.mark.parametrize("sentences", [b"bytes", {"a", "b"}, {"a": 1}, None])
+def test_anything_but_strings_in_order_is_refused(model: Embedder, sentences: Any) -> None:
     with pytest.raises(InputError, match="must be a string or a sequence of strings"):
+        model.encode(sentences)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "which"),
+    [([1, 2], "0 is int"), (["a", None], "1 is NoneType"), ([["a"]], "0 is list")],
+)
+def test_what_is_no_string_among_sentences_is_named(
+    model: Embedder, sentences: Any, which: str
+) -> None:
+    with pytest.raises(InputError, match=f"sentences must be strings, and number {which}"):
         model.encode(sentences)
 
 

@@ -30,7 +30,7 @@ def test_an_output_must_be_none_of_the_commands_other_files(tmp_path: Path) -> N
     other, missing = tmp_path / "other.json", tmp_path / "missing.json"
     other.write_text("")
     for given in (other, missing):
-        with pytest.raises(InputError, match="the command names it twice"):
+        with pytest.raises(InputError, match="the command names that file twice"):
             check_output(given, [None, given])
     check_output(missing, [None, other])
 
@@ -39,9 +39,9 @@ def test_an_output_lies_in_no_directory_of_the_commands_inputs(tmp_path: Path) -
     (tmp_path / "bundle").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "bundle")
     for place in ("bundle", "link"):
-        with pytest.raises(InputError, match="which the command has another use for"):
+        with pytest.raises(InputError, match="which the command reads or writes otherwise"):
             check_output(tmp_path / place / "lowmem.json", [tmp_path / "bundle"])
-    with pytest.raises(InputError, match="which the command has another use for"):
+    with pytest.raises(InputError, match="which the command reads or writes otherwise"):
         check_dump(tmp_path / "bundle" / "dump", [tmp_path / "bundle"])
 
 
@@ -62,7 +62,7 @@ def test_a_dump_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None
     (tmp_path / "texts.jsonl").write_text(DUMPED)
     (tmp_path / "reference.npy").write_bytes(b"")
     check_dump(tmp_path, [])
-    with pytest.raises(InputError, match="the command names it twice"):
+    with pytest.raises(InputError, match="the command names that file twice"):
         check_dump(tmp_path, [tmp_path / "texts.jsonl"])
     for text in ("", "no JSON", '{"text": "mine"}\n'):
         (tmp_path / "texts.jsonl").write_text(text)

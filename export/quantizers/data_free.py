@@ -77,13 +77,13 @@ def is_finite(weight: Tensor) -> bool:
 
 
 def int8_channel(weight: Tensor) -> dict[str, RawTensor]:
-    """Codes -127…127 with scale = absmax / 127 of each row, in float32."""
+    """Codes -127…127 with scale = absmax / 127 of each row, in float32; uses the weight up."""
     codes, absmax = _row_codes(weight)
     return pack(Int8Channel(), codes, absmax / 127)
 
 
 def bnb_int8(weight: Tensor) -> dict[str, RawTensor]:
-    """bitsandbytes' ``int8_vectorwise_quant`` without outliers."""
+    """bitsandbytes' ``int8_vectorwise_quant`` without outliers; uses the weight up."""
     codes, absmax = _row_codes(weight)
     return {
         "weight": RawTensor("I8", codes.numpy()),
@@ -127,9 +127,11 @@ def bnb_nf4(weight: Tensor, group_size: int) -> dict[str, RawTensor]:
 
 
 def _row_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    absmax = weight.abs().amax(dim=1, keepdim=True)
+    """Codes and absolute maximum of each row; the weight's memory is used up."""
+    # abs() would take as much memory again.
+    absmax = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
     scales = torch.where(absmax > 0, absmax, torch.ones_like(absmax)) / 127
-    return (weight / scales).round_().clamp_(-127, 127).to(torch.int8), absmax
+    return weight.div_(scales).round_().clamp_(-127, 127).to(torch.int8), absmax
 
 
 def _by_rows(
@@ -142,7 +144,7 @@ def _by_rows(
     """
 
     def one(begin: int) -> dict[str, RawTensor]:
-        block = weight[begin : begin + rows].float()
+        block = weight[begin : begin + rows].to(torch.float32, copy=True)
         if not is_finite(block):
             raise BundleError(f"a weight must be finite, got NaN or infinity ({place})")
         try:
@@ -150,14 +152,25 @@ def _by_rows(
         except BundleError as error:
             raise BundleError(f"{error} ({place})") from None
 
-    rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
+    def put(begin: int) -> None:
+        for suffix, part in one(begin).items():
+            start = begin * rows_of[suffix]
+            whole[suffix][start : start + len(part.array)] = part.array
+
+    rows = min(weight.shape[0], max(1, _BLOCK_ELEMENTS // weight.shape[1]))
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = list(pool.map(one, range(0, weight.shape[0], rows)))
+            first = pool.submit(one, 0).result()
+            # A format may flatten its rows.
+            rows_of = {suffix: len(part.array) // rows for suffix, part in first.items()}
+            whole = {
+                suffix: np.empty(
+                    (rows_of[suffix] * weight.shape[0], *part.array.shape[1:]), part.array.dtype
+                )
+                for suffix, part in first.items()
+            }
+            list(pool.map(put, range(0, weight.shape[0], rows)))
     finally:
         torch.set_num_threads(threads)
-    return {
-        suffix: RawTensor(first.dtype, np.concatenate([part[suffix].array for part in parts]))
-        for suffix, first in parts[0].items()
-    }
+    return {suffix: RawTensor(part.dtype, whole[suffix]) for suffix, part in first.items()}

@@ -23,7 +23,6 @@ MANIFEST = "lowmem.json"
 FORMAT = 1
 _KEYS = {"format", "source", "licence", "contract", "variants"}
 _VARIANT_KEYS = {"recipe", "bits_per_weight", "modules", "graphs", "files"}
-_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -255,11 +254,8 @@ def parse_manifest(value: dict[str, Any], place: str) -> Manifest:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parse_variant(name: str, value: Any, place: str) -> Variant:

@@ -118,6 +118,7 @@ def export(
     typer.echo(f"licence: {opened.licence or 'none named by the source'}", err=True)
     if most_bytes is not None and "fp16" in names and reference_texts != "none":
         _check_reference_memory(opened.config, most_bytes)
+    kept = [] if force else [name for name in names if name in _there(bundle)]
     from export.pipeline import export as run  # with torch, which what is refused need not wait for
 
     run(
@@ -135,6 +136,11 @@ def export(
         accepts_licence=accepts,
         progress=progress,
     )
+    if kept:
+        typer.echo(
+            f"{', '.join(kept)}: there already, made alike, and kept; --force makes them anew",
+            err=True,
+        )
     result = Bundle(bundle)
     _write_reference(result, reference_texts)
     for name in sorted(result.manifest.variants):

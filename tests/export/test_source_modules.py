@@ -123,7 +123,7 @@ def test_what_stock_code_would_do_otherwise_is_a_warning(
             onnx=False,
         )
     own, *others = caplog.messages
-    assert "tokenizer.json loses BOS" in own
+    assert "tokenizer.json puts no BOS" in own
     assert len(others) == len(warnings)
     for message, warning in zip(others, warnings, strict=True):
         assert message.startswith(f"tiny: {warning}")

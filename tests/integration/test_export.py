@@ -79,9 +79,9 @@ def tokenizer_with(checkpoint: Path, path: Path, template: str) -> Path:
 @pytest.mark.parametrize(
     ("template", "note"),
     [
-        ("<s> $A", "tokenizer.json loses EOS (2)"),
-        ("$A </s>", "tokenizer.json loses BOS (1)"),
-        ("$A", "tokenizer.json loses BOS (1) and loses EOS (2)"),
+        ("<s> $A", "tokenizer.json puts no EOS (2) behind"),
+        ("$A </s>", "tokenizer.json puts no BOS (1) in front"),
+        ("$A", "tokenizer.json puts no BOS (1) in front and no EOS (2) behind"),
         ("<s> <s> $A </s>", "tokenizer.json adds tokens that the contract has not"),
     ],
 )

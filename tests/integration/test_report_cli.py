@@ -126,7 +126,7 @@ def test_a_report_on_own_texts_with_search_pairs_a_limit_and_drift(cli_bundle, t
     before = first.read_text()
     again = ("--compare", first, "--json", first)
     refused = lowmem("report", cli_bundle, *options, *again, status=1)
-    assert "first.json cannot be written: the command names it twice" in refused.stderr
+    assert "first.json cannot be written: the command names that file twice" in refused.stderr
     assert first.read_text() == before
 
 

@@ -82,7 +82,7 @@ def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
     link = source.with_name("link.jsonl")
     link.symlink_to(source)
     for output in (source, link):
-        with pytest.raises(InputError, match="the command names it twice"):
+        with pytest.raises(InputError, match="the command names that file twice"):
             check_vectors_output(output, others=[source])
 
 
