@@ -78,6 +78,7 @@ def write_groups(
                 writer = TensorWriter(path, job.layout, kept.get(job.file, ()))
                 writers[job.file] = stack.enter_context(writer)
         tensors = stack.enter_context(closing(_read_ahead(source, alone, dtype)))
+        behind = stack.enter_context(_WriteBehind())
         recorder = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         recording: Future[None] | None = None
         for i in left:
@@ -85,10 +86,13 @@ def write_groups(
             progress(_step(i in calibrated, is_finished), i, len(groups))
             if calibration is not None and i in calibrated:
                 layer = read_layer(source, i - 1, dtype)
-                _write_layer(layer, jobs, writers, calibration, config, is_finished=is_finished)
+                _write_layer(
+                    layer, jobs, writers, calibration, config, behind, is_finished=is_finished
+                )
             else:
                 for name in group:
-                    _write_in_all(name, next(tensors), jobs, writers)
+                    _write_in_all(name, next(tensors), jobs, writers, behind)
+            behind.wait()
             identity.check()
             if not is_finished:
                 if recording is not None:
@@ -135,6 +139,7 @@ def _write_layer(
     writers: Mapping[str, TensorWriter],
     calibration: Calibration,
     config: ModelConfig,
+    behind: _WriteBehind,
     *,
     is_finished: bool,
 ) -> None:
@@ -157,30 +162,66 @@ def _write_layer(
                 writer.write(f"layers.{layer.index}.{name}", raw)
         elif not is_finished:
             for norm, raw in layer.norms.items():
-                _write_tensor(f"layers.{layer.index}.{norm}.weight", raw, job, writer)
+                _write_tensor(f"layers.{layer.index}.{norm}.weight", raw, job, writer, behind)
             for name, linear in layer.linears.items():
                 weight = linear.tensors["weight"]
-                _write_tensor(f"layers.{layer.index}.{name}.weight", weight, job, writer)
+                _write_tensor(f"layers.{layer.index}.{name}.weight", weight, job, writer, behind)
 
 
 def _write_in_all(
-    name: str, raw: RawTensor, jobs: Sequence[Job], writers: Mapping[str, TensorWriter]
+    name: str,
+    raw: RawTensor,
+    jobs: Sequence[Job],
+    writers: Mapping[str, TensorWriter],
+    behind: _WriteBehind,
 ) -> None:
     """Writes a tensor of the source in every variant that has a file of its own."""
     for job in jobs:
         if job.file in writers:
-            _write_tensor(name, raw, job, writers[job.file])
+            _write_tensor(name, raw, job, writers[job.file], behind)
 
 
-def _write_tensor(name: str, raw: RawTensor, job: Job, writer: TensorWriter) -> None:
+def _write_tensor(
+    name: str, raw: RawTensor, job: Job, writer: TensorWriter, behind: _WriteBehind
+) -> None:
     """Writes a tensor of the source in a variant's format, by itself alone."""
     module = name.removesuffix(".weight")
     form = job.formats.get(module)
     if form is None or isinstance(form, Plain):
-        writer.write(name, raw)
+        behind.write(writer, name, raw)
         return
     for suffix, tensor in quantize(to_torch(raw, "cpu"), form, module).items():
-        writer.write(f"{module}.{suffix}", tensor)
+        behind.write(writer, f"{module}.{suffix}", tensor)
+
+
+class _WriteBehind:
+    """Writes a tensor while the next one is worked on; what fails is raised at a later call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> _WriteBehind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def write(self, writer: TensorWriter, name: str, raw: RawTensor) -> None:
+        """Begins to write a tensor, once the one before it is written."""
+        self.wait()
+        self._writing = self._pool.submit(writer.write, name, raw)
+
+    def wait(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+            BundleError: A tensor is not the planned one.
+            CapacityError: The disk is full.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 def _read_ahead(
