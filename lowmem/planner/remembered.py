@@ -24,12 +24,14 @@ class Timing:
         tokens_per_second: Of the median pass.
         computing_tokens_per_second: The same, had the weights always been there.
         queued_share: Part of its threads' time in which they waited for a core, 0 to 1.
+        seconds: How long it computed meanwhile.
         runs: How many processes timed it, of which the fastest is meant.
     """
 
     tokens_per_second: float
     computing_tokens_per_second: float
     queued_share: float = 0.0
+    seconds: float = 0.0
     runs: int = 1
 
     @property

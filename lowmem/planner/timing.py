@@ -25,13 +25,17 @@ logger = logging.getLogger(__name__)
 _FEWEST_CHARACTERS, _MOST_CHARACTERS = 600, 6000
 _ASSUMED_FLOPS = 1e11
 _PREFILL_SECONDS = 2.0
+# Faster plans than assumed make several passes.
+_LEAST_SECONDS = 1.0
 _CHARACTERS_PER_TOKEN = 4
 _TIMEOUT_SECONDS = 600
 # A pass on a card takes too little time for one of them to be sure of.
 _DEVICE_REPEATS = 3
 # One run of each does not tell plans apart that reach so much of the fastest's speed.
-_RIVALS_SHARE = 0.8
+_RIVALS_SHARE = 0.85
 _RIVALS_RUNS = 2
+# A run so long has met quick and slow moments of the machine alike.
+_SURE_SECONDS = 10.0
 
 
 def time_plans(
@@ -100,7 +104,7 @@ def time_rivals_again(
     machine: Hardware,
     progress: Progress = silent,
 ) -> list[Plan]:
-    """Times resident plans again where one run of each hardly tells them from the fastest.
+    """Times resident plans again where one short run hardly tells them from the fastest.
 
     Args:
         plans: Plans that :func:`time_plans` timed.
@@ -115,7 +119,7 @@ def time_rivals_again(
     stopwatch = _Stopwatch(plans, bundle, subject, machine)
     least = _RIVALS_SHARE * max((plan.speed for plan in plans), default=0.0)
     rivals = [plan for plan in plans if plan.schedule == "resident" and plan.speed >= least]
-    unsure = [plan for plan in rivals if stopwatch.runs(plan) < _RIVALS_RUNS]
+    unsure = [plan for plan in rivals if not stopwatch.is_sure(plan)]
     if len(rivals) < 2:
         return list(plans)
     again = {plan.id: plan for plan in plans}
@@ -183,10 +187,12 @@ class _Stopwatch:
         timing = self.known(plan)
         return timing is not None and timing.was_disturbed
 
-    def runs(self, plan: Plan) -> int:
-        """How often a plan was run."""
+    def is_sure(self, plan: Plan) -> bool:
+        """Whether a plan was run twice, or for long."""
         timing = self.known(plan)
-        return timing.runs if timing else 0
+        return timing is not None and (
+            timing.runs >= _RIVALS_RUNS or timing.seconds >= _SURE_SECONDS
+        )
 
     def run(self, plan: Plan) -> None:
         """Times a plan in a process of its own; the fastest of its runs is remembered.
@@ -200,7 +206,7 @@ class _Stopwatch:
             plan,
             self._workloads[plan.device],
             repeats=_DEVICE_REPEATS if is_on_card else 1,
-            least_seconds=0.0 if is_on_card else _PREFILL_SECONDS,
+            least_seconds=0.0 if is_on_card else _LEAST_SECONDS,
             timeout_seconds=_TIMEOUT_SECONDS,
         )
         # What a card computes waits for no core.
@@ -209,6 +215,7 @@ class _Stopwatch:
             record.tokens_per_second,
             record.computing_tokens_per_second,
             queued / (plan.threads * sum(record.seconds)),
+            sum(record.seconds),
         )
         known = self.known(plan)
         self._timings.add(self._key(plan), known.or_faster(timing) if known else timing)

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import resource
 import zlib
@@ -169,6 +170,32 @@ def test_another_writer_adds_what_is_missing(path: Path, layout: Layout) -> None
         assert writer.written().keys() == {"second"}
         writer.finish()
     check(path)
+
+
+def test_a_file_is_hashed_while_it_is_written_and_by_whoever_goes_on_with_it(
+    path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, read = os.preadv, []
+
+    def reading(file: int, buffers: list[memoryview], begin: int) -> int:
+        size = preadv(file, buffers, begin)
+        read.append((begin, begin + size))
+        return size
+
+    monkeypatch.setattr(os, "preadv", reading)
+    with TensorWriter(path, layout) as writer:
+        writer.write("second", SECOND)
+        writer.hash_written()
+        assert read == []  # the first tensor is missing
+        writer.write("first", FIRST)
+        writer.hash_written()
+        assert [end for _, end in read][-1] == layout.size
+        kept = writer.written()
+        count = len(read)
+        assert writer.finish() == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert len(read) == count
+    with TensorWriter(path, layout, kept) as writer:
+        assert writer.finish() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_file_holds_what_was_written_until_a_byte_changes(path: Path, layout: Layout) -> None:

@@ -1,5 +1,6 @@
 """Exports into a bundle that is there already."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.variants import recipe_for
 from lowmem.errors import BundleError, InputError
 from tests.bundles import assert_equal, tree, write_bundle
+from tests.command_line import lowmem
 from tests.models import CONTRACT, tiny_checkpoint
 
 
@@ -33,6 +35,19 @@ def test_a_variant_that_is_there_is_checked_and_left(checkpoint: Path, bundle: P
     (bundle / "int4" / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"int4 is not what was exported: int4/tokenizer\.json"):
         write_bundle(checkpoint, bundle, ["int8", "int4"])
+
+
+def test_the_command_says_which_variants_stay(checkpoint: Path, tmp_path: Path) -> None:
+    contract = tmp_path / "contract.json"
+    contract.write_text(json.dumps(CONTRACT.to_json()))
+    bundle, data_free = tmp_path / "bundle", ("--calibration", "none", "--reference-texts", "none")
+    for variants, kept in (("int8", None), ("int8,int4", "int8"), ("int8,int4", "int8, int4")):
+        words = ("--variants", variants, "--contract", contract, *data_free)
+        said = lowmem("export", checkpoint, bundle, *words).stderr
+        note = "there already, made alike, and kept; --force makes them anew"
+        assert [line for line in said.splitlines() if note in line] == (
+            [f"{kept}: {note}"] if kept else []
+        )
 
 
 def test_a_variant_that_can_have_no_graphs_lacks_none(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from lowmem.planner.remembered import Timing, Timings
 
 MACHINE = hardware.probe()
 NAME = f"timings-{hardware.fingerprint(MACHINE)}"
-TIMING = Timing(100.0, 200.0, 0.05, 1)
+TIMING = Timing(100.0, 200.0, 0.05, 3.0, 1)
 
 
 def test_what_was_measured_is_there_for_the_next_process_and_beside_what_others_add():
@@ -15,7 +15,7 @@ def test_what_was_measured_is_there_for_the_next_process_and_beside_what_others_
     others.add_bandwidth("read", 1e9)
     found = Timings(MACHINE)
     assert found.get("a") == TIMING
-    assert found.get("b") == Timing(100.0, 200.0, 0.05, 2)
+    assert found.get("b") == Timing(100.0, 200.0, 0.05, 3.0, 2)
     assert found.bandwidth("read") == 1e9
     assert found.get("read") is None
     assert found.bandwidth("a") is None
@@ -40,8 +40,8 @@ def test_a_damaged_entry_counts_as_missing(entry):
 
 
 def test_of_two_runs_the_faster_counts():
-    faster = Timing(120.0, 130.0, 0.0, 1)
-    assert TIMING.or_faster(faster) == faster.or_faster(TIMING) == Timing(120.0, 130.0, 0.0, 2)
+    faster = Timing(120.0, 130.0, 0.0, 2.0, 1)
+    assert TIMING.or_faster(faster) == faster.or_faster(TIMING) == Timing(120.0, 130.0, 0.0, 2.0, 2)
 
 
 def test_a_tenth_of_the_time_without_a_core_is_a_disturbance():

@@ -1,0 +1,52 @@
+"""Writing behind the work: order, and errors that come late."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from export.groups import _WriteBehind
+from lowmem.artifact.tensors import RawTensor
+from lowmem.errors import CapacityError
+
+RAW = RawTensor("U8", np.zeros(1, np.uint8))
+
+
+class Writer:
+    """Writes nothing, and notes the names."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.may_go_on = threading.Event()
+
+    def write(self, name: str, raw: RawTensor) -> None:
+        assert self.may_go_on.wait(10)
+        if name == "too much":
+            raise CapacityError("the disk is full")
+        self.names.append(name)
+
+
+def test_a_tensor_is_written_while_the_next_one_is_made_and_all_are_there_in_the_end() -> None:
+    writer = Writer()
+    with _WriteBehind() as behind:
+        behind.write(writer, "a", RAW)  # type: ignore[arg-type]
+        assert writer.names == []
+        writer.may_go_on.set()
+        behind.write(writer, "b", RAW)  # type: ignore[arg-type]
+        assert writer.names[0] == "a"
+        behind.wait()
+        assert writer.names == ["a", "b"]
+
+
+def test_what_could_not_be_written_is_raised_by_the_next_call() -> None:
+    writer = Writer()
+    writer.may_go_on.set()
+    with _WriteBehind() as behind:
+        behind.write(writer, "too much", RAW)  # type: ignore[arg-type]
+        with pytest.raises(CapacityError, match="the disk is full"):
+            behind.write(writer, "b", RAW)  # type: ignore[arg-type]
+        behind.write(writer, "too much", RAW)  # type: ignore[arg-type]
+        with pytest.raises(CapacityError, match="the disk is full"):
+            behind.wait()
+        behind.wait()
+        assert writer.names == []
