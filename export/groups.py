@@ -188,14 +188,19 @@ def _write_tensor(
     module = name.removesuffix(".weight")
     form = job.formats.get(module)
     if form is None or isinstance(form, Plain):
-        behind.write(writer, name, raw)
+        behind.write(writer, {name: raw})
         return
-    for suffix, tensor in quantize(to_torch(raw, "cpu"), form, module).items():
-        behind.write(writer, f"{module}.{suffix}", tensor)
+    tensors = quantize(to_torch(raw, "cpu"), form, module)
+    behind.write(writer, {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()})
+
+
+def _write(writer: TensorWriter, tensors: Mapping[str, RawTensor]) -> None:
+    for name, raw in tensors.items():
+        writer.write(name, raw)
 
 
 class _WriteBehind:
-    """Writes a tensor while the next one is worked on; what fails is raised at a later call."""
+    """Writes a module while the next one is worked on; what fails is raised at a later call."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1)
@@ -207,10 +212,15 @@ class _WriteBehind:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def write(self, writer: TensorWriter, name: str, raw: RawTensor) -> None:
-        """Begins to write a tensor, once the one before it is written."""
+    def write(self, writer: TensorWriter, tensors: Mapping[str, RawTensor]) -> None:
+        """Begins to write some tensors, once those before them are written.
+
+        Raises:
+            BundleError: One of those before is not the planned one.
+            CapacityError: The disk is full.
+        """
         self.wait()
-        self._writing = self._pool.submit(writer.write, name, raw)
+        self._writing = self._pool.submit(_write, writer, tensors)
 
     def wait(self) -> None:
         """Waits until all is written.

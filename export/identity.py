@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from export.sources import Source
@@ -34,15 +33,16 @@ class SourceIdentity:
         Raises:
             BundleError: A file cannot be read.
         """
-        paths = source.files()
-        self._statuses = {path: _status(path) for path in paths}
+        self._statuses: dict[Path, os.stat_result] = {}
         self.files: dict[str, str] = {}
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            hashes = pool.map(_sha256, paths)
-            for done, path in enumerate(paths):
-                progress("hashing the source", done, len(paths))
-                self.files[path.name] = sha256 = next(hashes)
-                self._remember(path, sha256)
+        paths = source.files()
+        for done, path in enumerate(paths):
+            progress("hashing the source", done, len(paths))
+            try:
+                self._statuses[path] = path.stat()
+                self.files[path.name] = cache.verified_sha256(path) or self._hash(path)
+            except OSError as error:
+                raise BundleError(f"{path} cannot be read: {error.strerror}") from error
         self.sha256 = hashlib.sha256(strict_json.canonical(sorted(self.files.items()))).hexdigest()
 
     def check(self) -> None:
@@ -59,28 +59,11 @@ class SourceIdentity:
             if not unchanged:
                 raise changed(path)
 
-    def _remember(self, path: Path, sha256: str) -> None:
-        before = self._statuses[path]
+    def _hash(self, path: Path) -> str:
+        sha256, before = file_sha256(path), self._statuses[path]
         if time.time() - before.st_mtime > _SETTLED_SECONDS:
             cache.remember_sha256(path, sha256, before=before)
-
-
-def _status(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return cache.verified_sha256(path) or file_sha256(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> BundleError:
-    return BundleError(f"{path} cannot be read: {error.strerror}")
+        return sha256
 
 
 def changed(path: Path) -> BundleError:

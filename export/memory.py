@@ -58,8 +58,8 @@ def peak_bytes(config: ModelConfig, source_dtype: str, *, is_calibrated: bool) -
     read = _HALF if source_dtype != "F32" else _FLOAT32 + _HALF
     shapes = config.linears()
     largest = max(rows * columns for rows, columns in shapes.values())
-    # One tensor at work, one read ahead and one that is let go; codes that are made, and that are
-    # written.
+    # One tensor at work, one read ahead and one that is written or let go; codes that are made, and
+    # that are written.
     alone = 3 * read * max(largest, config.vocab_size * config.hidden_size // 2) + 4 * largest
     if not is_calibrated:
         return _LIBRARIES_BYTES + alone

@@ -1,6 +1,6 @@
 """The export: lay out, quantize group by group, write, check, publish.
 
-Memory holds one tensor of the source at a time, one layer where texts steer the quantizers.
+Memory holds a few tensors of the source at a time, one layer where texts steer the quantizers.
 """
 
 from __future__ import annotations

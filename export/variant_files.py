@@ -97,7 +97,7 @@ def finish(
     onnx: bool,
     weights_sha256: str | None = None,
 ) -> Variant:
-    """Re-opens what was written, adds the graphs, and hashes all of it.
+    """Re-opens what was written, adds the graphs, and hashes what was not hashed meanwhile.
 
     Args:
         directory: The variant's, complete but for the graphs.

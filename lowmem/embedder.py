@@ -83,7 +83,7 @@ class Embedder:
                 instruction, at least 0 and below 1. There are plans that compute it once: 0.6 is
                 right for short queries with one instruction.
             show_progress_bar: Whether to show on stderr how far the timing of plans has come: the
-                first load on a machine times each once.
+                first load on a machine times each, and those near the fastest twice.
 
         Raises:
             BundleError: The bundle is missing, damaged, or not what was exported.

@@ -30,7 +30,7 @@ from lowmem.artifact.formats import (
     check_groups,
 )
 from lowmem.artifact.formats import bnb_nf4 as nf4_layout
-from lowmem.artifact.tensors import RawTensor
+from lowmem.artifact.tensors import DTYPES, RawTensor
 from lowmem.errors import BundleError
 
 # float32 temporaries of a block should stay in cache, and be large beside what a call costs: at a
@@ -58,15 +58,15 @@ def quantize(weight: Tensor, form: Format, place: str) -> dict[str, RawTensor]:
     """
     check_groups(form, weight.shape[1], place)
     if isinstance(form, Int8Channel):
-        return _by_rows(weight, int8_channel, place)
+        return _by_rows(weight, form, int8_channel, place)
     if isinstance(form, BnbInt8):
-        return _by_rows(weight, bnb_int8, place)
+        return _by_rows(weight, form, bnb_int8, place)
     if isinstance(form, IntGrouped):
         bits, size = form.bits, form.group_size
-        return _by_rows(weight, lambda block: int_grouped(block, bits, size), place)
+        return _by_rows(weight, form, lambda block: int_grouped(block, bits, size), place)
     if isinstance(form, BnbNf4):
         size = form.group_size
-        return _by_rows(weight, lambda block: bnb_nf4(block, size), place)
+        return _by_rows(weight, form, lambda block: bnb_nf4(block, size), place)
     raise AssertionError(form)
 
 
@@ -128,49 +128,49 @@ def bnb_nf4(weight: Tensor, group_size: int) -> dict[str, RawTensor]:
 
 def _row_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and absolute maximum of each row; the weight's memory is used up."""
-    # abs() would take as much memory again.
-    absmax = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
+    # abs() of all would take as much memory again. That of a row of zeros must not be -0.
+    absmax = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True)).abs_()
     scales = torch.where(absmax > 0, absmax, torch.ones_like(absmax)) / 127
     return weight.div_(scales).round_().clamp_(-127, 127).to(torch.int8), absmax
 
 
 def _by_rows(
-    weight: Tensor, quantize_block: Callable[[Tensor], dict[str, RawTensor]], place: str
+    weight: Tensor,
+    form: Format,
+    quantize_block: Callable[[Tensor], dict[str, RawTensor]],
+    place: str,
 ) -> dict[str, RawTensor]:
     """Quantizes blocks of rows, each on one thread.
 
     Blocks are too small for torch to divide among threads: its barriers would cost more than the
     work, and many times more while another process computes.
     """
+    known = form.constants(*weight.shape)
+    whole = {
+        suffix: RawTensor(spec.dtype, np.empty(spec.shape, DTYPES[spec.dtype]))
+        for suffix, spec in form.specs(*weight.shape).items()
+        if suffix not in known
+    }
+    # A format may flatten its rows, but no two of them share a number.
+    by_rows = {suffix: raw.array.reshape(len(weight), -1) for suffix, raw in whole.items()}
+    rows = max(1, _BLOCK_ELEMENTS // weight.shape[1])
 
-    def one(begin: int) -> dict[str, RawTensor]:
+    def one(begin: int) -> None:
         block = weight[begin : begin + rows].to(torch.float32, copy=True)
         if not is_finite(block):
             raise BundleError(f"a weight must be finite, got NaN or infinity ({place})")
+        count = len(block)
         try:
-            return quantize_block(block)
+            parts = quantize_block(block)
         except BundleError as error:
             raise BundleError(f"{error} ({place})") from None
+        for suffix, part in parts.items():
+            by_rows[suffix][begin : begin + count] = part.array.reshape(count, -1)
 
-    def put(begin: int) -> None:
-        for suffix, part in one(begin).items():
-            start = begin * rows_of[suffix]
-            whole[suffix][start : start + len(part.array)] = part.array
-
-    rows = min(weight.shape[0], max(1, _BLOCK_ELEMENTS // weight.shape[1]))
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            first = pool.submit(one, 0).result()
-            # A format may flatten its rows.
-            rows_of = {suffix: len(part.array) // rows for suffix, part in first.items()}
-            whole = {
-                suffix: np.empty(
-                    (rows_of[suffix] * weight.shape[0], *part.array.shape[1:]), part.array.dtype
-                )
-                for suffix, part in first.items()
-            }
-            list(pool.map(put, range(0, weight.shape[0], rows)))
+            list(pool.map(one, range(0, len(weight), rows)))
     finally:
         torch.set_num_threads(threads)
-    return {suffix: RawTensor(part.dtype, whole[suffix]) for suffix, part in first.items()}
+    return whole

@@ -118,7 +118,8 @@ def export(
     typer.echo(f"licence: {opened.licence or 'none named by the source'}", err=True)
     if most_bytes is not None and "fp16" in names and reference_texts != "none":
         _check_reference_memory(opened.config, most_bytes)
-    kept = [] if force else [name for name in names if name in _there(bundle)]
+    there = () if force else _there(bundle)
+    kept = [name for name in dict.fromkeys(names) if name in there]
     from export.pipeline import export as run  # with torch, which what is refused need not wait for
 
     run(

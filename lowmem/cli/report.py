@@ -33,7 +33,7 @@ from lowmem.hardware import Hardware
 from lowmem.measure import package_versions
 from lowmem.outputs import check_output, write_text
 from lowmem.planner.candidates import Subject, Wishes, candidates
-from lowmem.planner.timing import known_speeds
+from lowmem.planner.timing import Stopwatch
 from lowmem.progress import bar
 from lowmem.text.reading import read_rows
 
@@ -176,7 +176,7 @@ def _compare(
     """Embeds everything, with the time that is left and the plans that fail on stderr."""
     config = subject.config
     cpu_speed = reference.products_per_second() / (2 * config.linear_weights)
-    speeds = known_speeds(plans, bundle, subject, machine)
+    speeds = Stopwatch(bundle, subject, machine).known_speeds(plans)
     tokens, own = wanted.plan_tokens, wanted.reference_tokens
     pace = Pace(plans, tokens, own, speeds, cpu_speed)
     count = f"{len(plans)} plan{'s' if len(plans) > 1 else ''}"

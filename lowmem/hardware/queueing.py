@@ -1,4 +1,4 @@
-"""How long this process was kept from computing by whatever else uses the CPU."""
+"""How long the threads of this process have waited for a core."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ _NANOSECONDS = 1e9
 
 def queued_seconds() -> float:
     """Seconds that threads were ready to run and had no core, of all threads there are, summed.
+
+    Where a process has no more threads at work than there are cores, others had them.
 
     The second number of ``/proc/self/task/TID/schedstat``; see "Scheduler Statistics" in the Linux
     kernel's documentation. 0 where the system does not count it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ from lowmem import data, hardware
 from lowmem.artifact import verdict
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle
+from lowmem.artifact.tensors import some_names
 from lowmem.artifact.verdict import Floor
 from lowmem.compute.engine import shortest_prefix
 from lowmem.compute.plan import Plan
@@ -17,8 +19,10 @@ from lowmem.errors import CapacityError
 from lowmem.hardware import Hardware
 from lowmem.planner import estimate, window
 from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates, with_streamed_twins
-from lowmem.planner.timing import time_plans, time_rivals_again
+from lowmem.planner.timing import Stopwatch
 from lowmem.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
 
 BUILT_IN_TEXTS = ("probe", "quick")
 # By as much the timings of one plan differ from one minute to the next.
@@ -91,24 +95,26 @@ def choose(
         plan.with_(fidelity=fidelity_of(plan, bundle, floor))
         for plan in candidates(subject, machine, wishes)
     ]
+    stopwatch = Stopwatch(bundle, subject, machine, progress)
     if time_all:
-        timed = time_plans(plans, bundle, subject, machine, progress, disturbed_again=True)
-        plans = time_plans(with_streamed_twins(timed), bundle, subject, machine, progress)
+        timed = stopwatch.time(plans, disturbed_again=True)
+        plans = stopwatch.time(with_streamed_twins(timed))
     while True:
         tier, kind = _best_tier(plans, wishes)
         # A streamed plan is timed even if it is alone, since its window follows from that.
         if len(tier) < 2 and not any(plan.schedule == "streamed" for plan in tier):
             break
-        timed = time_plans(tier, bundle, subject, machine, progress)
+        timed = stopwatch.time(tier)
         known = {plan.id: plan for plan in timed}
         plans = with_streamed_twins([known.get(plan.id, plan) for plan in plans])
         if all(plan.dropped is None for plan in timed):
-            tier = time_rivals_again(timed, bundle, subject, machine, progress)
+            tier = stopwatch.time_rivals_again(timed)
             known = {plan.id: plan for plan in tier}
             plans = [known.get(plan.id, plan) for plan in plans]
             break
     if not tier:
         return Choice(machine, _ordered(plans), None, _nothing_left(plans, bundle))
+    _warn_of_disturbed(stopwatch, tier)
     chosen = _best_of(tier, bundle.contract, repeated)
     fastest = max(tier, key=lambda plan: plan.speed)
     reason, warning = _explain(chosen, kind, len(tier), floor)
@@ -118,6 +124,16 @@ def choose(
             why = f"would compute again the {repeated:.0%} that are repeated instructions"
         reason += f"; {fastest.id} ({_speed_text(fastest)}) {why}"
     return Choice(machine, _ordered(plans), chosen, reason, warning)
+
+
+def _warn_of_disturbed(stopwatch: Stopwatch, tier: Sequence[Plan]) -> None:
+    """Says which of the plans that the choice is among may be faster than it is known."""
+    if disturbed := [plan.id for plan in tier if stopwatch.was_disturbed(plan)]:
+        logger.warning(
+            "other programs kept the CPU busy while lowmem timed %s, which may be faster: the next "
+            "lowmem plan times that again",
+            some_names(disturbed, 2),
+        )
 
 
 def repeated_share(texts: Sequence[str], prompts: Sequence[str]) -> float:

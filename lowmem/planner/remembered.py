@@ -22,10 +22,11 @@ class Timing:
 
     Attributes:
         tokens_per_second: Of the median pass.
-        computing_tokens_per_second: The same, had the weights always been there.
-        queued_share: Part of its threads' time in which they waited for a core, 0 to 1.
-        seconds: How long it computed meanwhile.
-        runs: How many processes timed it, of which the fastest is meant.
+        computing_tokens_per_second: Of all passes, had the weights always been there.
+        queued_share: Part of its threads' time in which they waited for a core, in the least
+            disturbed of its runs.
+        seconds: How long it computed in the fastest of them.
+        runs: How many processes timed it; speeds are those of the fastest.
     """
 
     tokens_per_second: float
@@ -42,7 +43,9 @@ class Timing:
     def or_faster(self, other: Timing) -> Timing:
         """The faster of both: a plan can be slowed down by something else, and never sped up."""
         faster = max(self, other, key=lambda timing: timing.tokens_per_second)
-        return replace(faster, runs=self.runs + other.runs)
+        # An undisturbed run that was no faster shows that nothing had been lost.
+        least = min(self.queued_share, other.queued_share)
+        return replace(faster, queued_share=least, runs=self.runs + other.runs)
 
 
 class Timings:
@@ -78,8 +81,8 @@ class Timings:
         self._write(key, bytes_per_second)
 
     def _write(self, key: str, value: object) -> None:
-        # Others may have added something meanwhile.
-        self._known = {**(cache.read_json(self._name) or {}), key: value}
+        # Others may have added something meanwhile; what cannot be written is remembered here.
+        self._known = {**self._known, **(cache.read_json(self._name) or {}), key: value}
         cache.write_json(self._name, self._known)
 
 

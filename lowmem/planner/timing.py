@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.manifest import Bundle
-from lowmem.artifact.tensors import some_names
 from lowmem.compute.plan import Plan
 from lowmem.data import Row, load
 from lowmem.errors import BundleError, LowmemError
@@ -38,111 +37,6 @@ _RIVALS_RUNS = 2
 _SURE_SECONDS = 10.0
 
 
-def time_plans(
-    plans: Sequence[Plan],
-    bundle: Bundle,
-    subject: Subject,
-    machine: Hardware,
-    progress: Progress = silent,
-    *,
-    disturbed_again: bool = False,
-) -> list[Plan]:
-    """Fills in ``tokens_per_second`` of every candidate, from the cache or by a short prefill.
-
-    Streamed plans on a CPU also get the window that hides reading behind the arithmetic, and count
-    as fast as they are in full windows, since the few texts that are timed would hide nothing.
-
-    Args:
-        plans: Plans; dropped ones are left as they are.
-        bundle: The bundle.
-        subject: What is planned for; from its shape follows the length of the prefill.
-        machine: Where this is.
-        progress: Told of each plan before it is timed.
-        disturbed_again: Whether plans that were timed while other programs kept the CPU busy are
-            timed once more.
-
-    Returns:
-        The plans in the same order; one that fails to run is dropped with the error as reason.
-
-    Raises:
-        BundleError: No plan is left, and this is why one of them is not.
-    """
-    stopwatch = _Stopwatch(plans, bundle, subject, machine)
-    wanted = [plan for plan in plans if plan.dropped is None and plan.tokens_per_second is None]
-    missing = [plan for plan in wanted if stopwatch.is_missing(plan, disturbed_again)]
-    timed: list[Plan] = []
-    damages: list[BundleError] = []
-    for plan in plans:
-        if plan not in wanted:
-            timed.append(plan)
-            continue
-        try:
-            if plan in missing:
-                progress("timing plans", missing.index(plan), len(missing))
-                stopwatch.run(plan)
-            timed.append(stopwatch.filled_in(plan))
-        except LowmemError as error:
-            logger.warning("%s cannot run: %s", plan.id, error)
-            if isinstance(error, BundleError):
-                damages.append(error)
-            timed.append(plan.with_(dropped=str(error)))
-    if damages and all(plan.dropped is not None for plan in timed):
-        raise damages[0]
-    if disturbed := [plan.id for plan in wanted if stopwatch.was_disturbed(plan)]:
-        logger.warning(
-            "other programs kept the CPU busy while %s timed: faster than it looks, and timed "
-            "again by lowmem plan",
-            some_names(disturbed, 2) + (" was" if len(disturbed) == 1 else " were"),
-        )
-    return timed
-
-
-def time_rivals_again(
-    plans: Sequence[Plan],
-    bundle: Bundle,
-    subject: Subject,
-    machine: Hardware,
-    progress: Progress = silent,
-) -> list[Plan]:
-    """Times resident plans again where one short run hardly tells them from the fastest.
-
-    Args:
-        plans: Plans that :func:`time_plans` timed.
-        bundle: The bundle.
-        subject: What is planned for.
-        machine: Where this is.
-        progress: Told of each plan before it is timed.
-
-    Returns:
-        The plans in the same order, each as fast as the faster of its runs.
-    """
-    stopwatch = _Stopwatch(plans, bundle, subject, machine)
-    least = _RIVALS_SHARE * max((plan.speed for plan in plans), default=0.0)
-    rivals = [plan for plan in plans if plan.schedule == "resident" and plan.speed >= least]
-    unsure = [plan for plan in rivals if not stopwatch.is_sure(plan)]
-    if len(rivals) < 2:
-        return list(plans)
-    again = {plan.id: plan for plan in plans}
-    for number, plan in enumerate(unsure):
-        progress("timing the fastest again", number, len(unsure))
-        try:
-            stopwatch.run(plan)
-        except LowmemError as error:  # it has run before, and counts as fast as it was
-            logger.warning("%s cannot be timed again: %s", plan.id, error)
-            continue
-        again[plan.id] = stopwatch.filled_in(plan)
-    return list(again.values())
-
-
-def known_speeds(
-    plans: Sequence[Plan], bundle: Bundle, subject: Subject, machine: Hardware
-) -> dict[str, float]:
-    """Tokens per second of the plans that were timed before, by plan id; nothing is run."""
-    stopwatch = _Stopwatch(plans, bundle, subject, machine)
-    timings = {plan.id: stopwatch.known(plan) for plan in plans}
-    return {id_: timing.tokens_per_second for id_, timing in timings.items() if timing}
-
-
 def workload(config: ModelConfig, device: str = "cpu") -> list[Row]:
     """Built-in texts of middle length.
 
@@ -162,39 +56,117 @@ def workload(config: ModelConfig, device: str = "cpu") -> list[Row]:
     return rows
 
 
-class _Stopwatch:
-    """Runs plans of one bundle on this machine, and remembers how fast they were."""
+class Stopwatch:
+    """Times the plans of one bundle on this machine, and remembers how fast they were."""
 
     def __init__(
-        self, plans: Sequence[Plan], bundle: Bundle, subject: Subject, machine: Hardware
+        self, bundle: Bundle, subject: Subject, machine: Hardware, progress: Progress = silent
     ) -> None:
+        """Reads what is remembered; runs nothing.
+
+        Args:
+            bundle: The bundle.
+            subject: What is planned for; from its shape follows the length of the prefill.
+            machine: Where this is.
+            progress: Told of each plan before it is timed.
+        """
         self._bundle, self._subject, self._machine = bundle, subject, machine
+        self._progress = progress
         self._timings = Timings(machine)
-        devices = {plan.device for plan in plans}
-        self._workloads = {device: workload(subject.config, device) for device in devices}
+        self._workloads = {device: workload(subject.config, device) for device in ("cpu", "cuda")}
+        self._versions = package_versions()
 
-    def known(self, plan: Plan) -> Timing | None:
-        """What is remembered of a plan."""
-        return self._timings.get(self._key(plan))
+    def known_speeds(self, plans: Sequence[Plan]) -> dict[str, float]:
+        """Tokens per second of the plans that were timed before, by plan id; nothing is run."""
+        timings = {plan.id: self._known(plan) for plan in plans}
+        return {id_: timing.tokens_per_second for id_, timing in timings.items() if timing}
 
-    def is_missing(self, plan: Plan, disturbed_again: bool) -> bool:
-        """Whether a plan is to be run."""
-        timing = self.known(plan)
-        return timing is None or (disturbed_again and timing.was_disturbed)
+    def time(self, plans: Sequence[Plan], *, disturbed_again: bool = False) -> list[Plan]:
+        """Fills in ``tokens_per_second`` of every candidate, as it is known or by a short prefill.
+
+        Streamed plans on a CPU also get the window that hides reading behind the arithmetic, and
+        count as fast as they are in full windows, since the few texts that are timed would hide
+        nothing.
+
+        Args:
+            plans: Plans; dropped ones, and those that have a speed, are left as they are.
+            disturbed_again: Whether plans that were timed while other programs kept the CPU busy
+                are timed once more.
+
+        Returns:
+            The plans in the same order; one that fails to run is dropped with the error as reason.
+
+        Raises:
+            BundleError: No plan is left, and this is why one of them is not.
+        """
+        wanted = [plan for plan in plans if plan.dropped is None and plan.tokens_per_second is None]
+        missing = [
+            plan
+            for plan in wanted
+            if self._known(plan) is None or (disturbed_again and self.was_disturbed(plan))
+        ]
+        timed: list[Plan] = []
+        damages: list[BundleError] = []
+        for plan in plans:
+            if plan not in wanted:
+                timed.append(plan)
+                continue
+            try:
+                if plan in missing:
+                    self._progress("timing plans", missing.index(plan), len(missing))
+                    self._run(plan)
+                timed.append(self._filled_in(plan))
+            except LowmemError as error:
+                if isinstance(error, BundleError):
+                    damages.append(error)
+                elif self._known(plan) is not None:
+                    logger.warning("%s cannot be timed again: %s", plan.id, error)
+                    timed.append(self._filled_in(plan))
+                    continue
+                logger.warning("%s cannot run: %s", plan.id, error)
+                timed.append(plan.with_(dropped=str(error)))
+        if damages and all(plan.dropped is not None for plan in timed):
+            raise damages[0]
+        return timed
+
+    def time_rivals_again(self, plans: Sequence[Plan]) -> list[Plan]:
+        """Times resident plans again where one short run hardly tells them from the fastest.
+
+        Args:
+            plans: Plans that :meth:`time` timed.
+
+        Returns:
+            The plans in the same order, each as fast as the faster of its runs.
+        """
+        least = _RIVALS_SHARE * max((plan.speed for plan in plans), default=0.0)
+        rivals = [plan for plan in plans if plan.schedule == "resident" and plan.speed >= least]
+        if len(rivals) < 2:
+            return list(plans)
+        unsure = [plan for plan in rivals if not self._is_sure(plan)]
+        for number, plan in enumerate(unsure):
+            self._progress("timing the fastest again", number, len(unsure))
+            try:
+                self._run(plan)
+            except LowmemError as error:  # it has run before, and counts as fast as it was
+                logger.warning("%s cannot be timed again: %s", plan.id, error)
+        return [self._filled_in(plan) if plan in unsure else plan for plan in plans]
 
     def was_disturbed(self, plan: Plan) -> bool:
-        """Whether a plan is likely faster than is known."""
-        timing = self.known(plan)
+        """Whether other programs kept the CPU busy whenever a plan was timed."""
+        timing = self._known(plan)
         return timing is not None and timing.was_disturbed
 
-    def is_sure(self, plan: Plan) -> bool:
+    def _known(self, plan: Plan) -> Timing | None:
+        return self._timings.get(self._key(plan))
+
+    def _is_sure(self, plan: Plan) -> bool:
         """Whether a plan was run twice, or for long."""
-        timing = self.known(plan)
+        timing = self._known(plan)
         return timing is not None and (
             timing.runs >= _RIVALS_RUNS or timing.seconds >= _SURE_SECONDS
         )
 
-    def run(self, plan: Plan) -> None:
+    def _run(self, plan: Plan) -> None:
         """Times a plan in a process of its own; the fastest of its runs is remembered.
 
         Raises:
@@ -209,20 +181,21 @@ class _Stopwatch:
             least_seconds=0.0 if is_on_card else _LEAST_SECONDS,
             timeout_seconds=_TIMEOUT_SECONDS,
         )
-        # What a card computes waits for no core.
-        queued = 0.0 if is_on_card else record.queued_seconds
+        # What a card computes waits for no core, and a reader beside the arithmetic for its own.
+        is_judged = not is_on_card and plan.schedule == "resident"
+        seconds = sum(record.seconds)
         timing = Timing(
             record.tokens_per_second,
             record.computing_tokens_per_second,
-            queued / (plan.threads * sum(record.seconds)),
-            sum(record.seconds),
+            record.queued_seconds / (plan.threads * seconds) if is_judged else 0.0,
+            seconds,
         )
-        known = self.known(plan)
+        known = self._known(plan)
         self._timings.add(self._key(plan), known.or_faster(timing) if known else timing)
 
-    def filled_in(self, plan: Plan) -> Plan:
+    def _filled_in(self, plan: Plan) -> Plan:
         """A plan that was run with its speed, and the window that follows where it is streamed."""
-        timing = self.known(plan)
+        timing = self._known(plan)
         assert timing is not None, plan.id
         if plan.schedule != "streamed" or plan.device != "cpu":
             return plan.with_(tokens_per_second=timing.tokens_per_second)
@@ -263,6 +236,6 @@ class _Stopwatch:
             "drops_cache": plan.drops_cache,
             "artifact": self._bundle.artifact_sha256(plan.variant),
             "texts": [row.id for row in self._workloads[plan.device]],
-            "versions": package_versions(),
+            "versions": self._versions,
         }
         return hashlib.sha256(strict_json.canonical(content)).hexdigest()[:32]

@@ -5,7 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from export.groups import _WriteBehind
+from export.groups import _write_tensor, _WriteBehind
+from export.job import Job
+from lowmem.artifact.formats import Int8Channel
 from lowmem.artifact.tensors import RawTensor
 from lowmem.errors import CapacityError
 
@@ -29,24 +31,38 @@ class Writer:
 def test_a_tensor_is_written_while_the_next_one_is_made_and_all_are_there_in_the_end() -> None:
     writer = Writer()
     with _WriteBehind() as behind:
-        behind.write(writer, "a", RAW)  # type: ignore[arg-type]
+        behind.write(writer, {"a": RAW, "a_scale": RAW})  # type: ignore[arg-type]
         assert writer.names == []
         writer.may_go_on.set()
-        behind.write(writer, "b", RAW)  # type: ignore[arg-type]
-        assert writer.names[0] == "a"
+        behind.write(writer, {"b": RAW})  # type: ignore[arg-type]
+        assert writer.names[:2] == ["a", "a_scale"]
         behind.wait()
-        assert writer.names == ["a", "b"]
+        assert writer.names == ["a", "a_scale", "b"]
 
 
 def test_what_could_not_be_written_is_raised_by_the_next_call() -> None:
     writer = Writer()
     writer.may_go_on.set()
     with _WriteBehind() as behind:
-        behind.write(writer, "too much", RAW)  # type: ignore[arg-type]
+        behind.write(writer, {"too much": RAW})  # type: ignore[arg-type]
         with pytest.raises(CapacityError, match="the disk is full"):
-            behind.write(writer, "b", RAW)  # type: ignore[arg-type]
-        behind.write(writer, "too much", RAW)  # type: ignore[arg-type]
+            behind.write(writer, {"b": RAW})  # type: ignore[arg-type]
+        behind.write(writer, {"too much": RAW})  # type: ignore[arg-type]
         with pytest.raises(CapacityError, match="the disk is full"):
             behind.wait()
         behind.wait()
         assert writer.names == []
+
+
+def test_a_linear_is_quantized_while_the_one_before_it_is_written() -> None:
+    """Its codes and its scales alike: only the next linear's wait for both."""
+    writer = Writer()
+    job = Job("int8", {}, {"a": Int8Channel(), "b": Int8Channel()}, None)
+    weight = RawTensor("F16", np.ones((4, 8), np.float16))
+    with _WriteBehind() as behind:
+        _write_tensor("a.weight", weight, job, writer, behind)  # type: ignore[arg-type]
+        assert writer.names == []  # and yet it is back
+        writer.may_go_on.set()
+        _write_tensor("b.weight", weight, job, writer, behind)  # type: ignore[arg-type]
+        behind.wait()
+    assert writer.names == ["a.weight", "a.weight_scale", "b.weight", "b.weight_scale"]

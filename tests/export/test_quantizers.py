@@ -235,6 +235,14 @@ def test_zeros_stay_zeros_beside_anything(form: Format) -> None:
         assert (form.dequantize(quantized(weight, form))[1, :64] == 0).all()
 
 
+@pytest.mark.parametrize("form", [Int8Channel(), BnbInt8()], ids=repr)
+def test_the_scale_of_a_row_of_zeros_has_no_sign(form: Format) -> None:
+    """Or its bytes would depend on how many rows a processor works on at a time."""
+    for zeros in (torch.zeros(37, 64).half(), -torch.zeros(37, 64).half()):
+        for suffix, raw in quantize(zeros, form, "here").items():
+            assert suffix == "weight" or not np.signbit(raw.array).any()
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=repr)
 @pytest.mark.parametrize("size", [1e-40, 6e-8, 1e-7, 1e-5])
 def test_tiny_weights_give_finite_tensors(form: Format, size: float) -> None:

@@ -16,7 +16,7 @@ from lowmem.planner import memory, timing, window
 from lowmem.planner.candidates import Subject, Wishes
 from lowmem.planner.cards import describe
 from lowmem.planner.choice import foresee
-from lowmem.planner.timing import time_plans
+from lowmem.planner.timing import Stopwatch
 from tests.disk import cached_file, read_bytes
 from tests.shapes import SEVEN_B
 
@@ -111,14 +111,14 @@ def test_timing_sizes_a_streamed_plan_without_what_it_waited_and_remembers_both(
     monkeypatch.setattr(timing, "measure", measure)
     monkeypatch.setattr(window, "read_bandwidth", lambda path: layers / 3)
     for _ in range(2):
-        (plan,) = time_plans([PLAN], bundle, subject, HOST)
+        (plan,) = Stopwatch(bundle, subject, HOST).time([PLAN])
         assert plan.tokens_per_second == 2000  # in a full window, which hides what it waits for
         assert plan.window_tokens == window.MARGIN * 3 * 2000
         assert plan.reason.endswith("hide behind 6000 tokens at 2000 tokens/s")
     assert len(runs) == 1
     assert list(cache.directory().iterdir())
     dropping = PLAN.with_(drops_cache=True)
-    time_plans([dropping], bundle, subject, HOST)
+    Stopwatch(bundle, subject, HOST).time([dropping])
     assert runs[1:] == [dropping], "reading from the page cache says nothing of a disk"
 
 
