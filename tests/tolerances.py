@@ -29,6 +29,9 @@ ONNX_SMOLLM2_COSINE = 10 * PARITY_COSINE
 # gamma(34) sqrt(32) = 1.2e-5, so a weight by 2.4e-5 of itself, and a mixture of values within
 # [-1, 1] by 2.4e-5 and a few roundings.
 ATTENTION = 3e-5
+# The same in bfloat16: 2 gamma(1) of each of 32 products, so 32 / sqrt(32) times that of a score,
+# twice that of a weight, and a rounding of value, weight and mixture each.
+NARROW_ATTENTION = 2 * 32**0.5 * gamma(2, UNIT_ROUNDOFF["bf16"]) + gamma(3, UNIT_ROUNDOFF["bf16"])
 
 
 # How far oneDNN's polynomial is from SiLU, of values of a few tens: far below a rounding to

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LONGEST_MASKED = 512
+# Few enough that copies in another precision do not count, and enough for a call to be worth it.
+_CONVERTED_TOKENS = 1024
 
 
 class Run(NamedTuple):
@@ -87,7 +89,14 @@ class Spans:
         return replace(self, pooled_only=True)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Spans,
+    *,
+    narrow_from: float | None = None,
+) -> Tensor:
     """Softmax attention in each text, grouped-query heads allowed.
 
     Args:
@@ -96,18 +105,25 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
             head_dim]``.
         value: As ``key``.
         spans: Where the texts lie.
+        narrow_from: From how many tokens on, its prefix counted, a text goes through bfloat16;
+            None leaves all as they are given.
 
     Returns:
-        ``[queries, heads * head_dim]``, in the order of ``query``.
+        ``[queries, heads * head_dim]``, in the order and the dtype of ``query``.
     """
     mixed = torch.empty_like(query)
-    for run, queries, keys in slices(spans, len(key)):
+    most_tokens = len(key) if narrow_from is None else min(len(key), _CONVERTED_TOKENS)
+    for run, queries, keys in slices(spans, most_tokens):
         texts, shared = run.texts, run.prefix_tokens
-        run_query, run_key, run_value = query[queries], key[keys], value[keys]
+        is_narrow = narrow_from is not None and shared + run.length >= narrow_from
+        dtype = torch.bfloat16 if is_narrow and not spans.pooled_only else query.dtype
+        run_query, run_key, run_value = (
+            states.to(dtype) for states in (query[queries], key[keys], value[keys])
+        )
         if shared:
             prefix = slice(run.prefix_begin, run.prefix_end)
-            run_key = _behind(key[prefix], run_key, texts)
-            run_value = _behind(value[prefix], run_value, texts)
+            run_key = _behind(key[prefix].to(dtype), run_key, texts)
+            run_value = _behind(value[prefix].to(dtype), run_value, texts)
         if shared and not spans.pooled_only:
             mixed[queries] = _attend_behind(run_query, run_key, run_value, texts, shared)
         else:

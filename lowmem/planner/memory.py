@@ -72,7 +72,8 @@ def predict(
     activations = max(activations, _pooling_bytes(plan, config))
     work = scratch + activations + _hidden_bytes(plan, config) + _prefix_bytes(plan, config)
     folded, kept = _latent_bytes(config)
-    streamed = 2 * layer if plan.schedule == "streamed" else 0
+    read = min(2, config.num_hidden_layers - plan.kept_layers)
+    streamed = read * layer if plan.schedule == "streamed" else 0
     if plan.device == "cpu":
         compiled = _COMPILED_BYTES if PRODUCT_BYTES[plan.compute] == 2 else 0
         return TORCH_BASE_BYTES + folded + streamed + work + compiled, 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowmem.compute.attention import Spans, attend
-from tests.tolerances import ATTENTION
+from tests.tolerances import ATTENTION, NARROW_ATTENTION
 
 Sections = list[tuple[int, list[int]]]
 SECTIONS = st.lists(
@@ -136,6 +136,32 @@ def test_texts_too_long_for_a_mask_see_the_same_behind_a_prefix(lengths: list[in
     spans = Spans.of([(prefix, lengths)], True, "cpu")
     expected = slow_attend(query, key, value, [(prefix, lengths)], True)
     assert float((attend(query, key, value, spans) - expected).abs().max()) <= ATTENTION
+
+
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_long_texts_go_through_bfloat16_and_short_ones_stay_as_they_are(
+    prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [*[40] * 3, *[12] * 200]  # the short ones are more than are converted at a time
+    tokens = sum(lengths)
+    query = heads(tokens, 4, 32, 0)
+    key, value = (heads(prefix + tokens, 2, 32, seed) for seed in (1, 2))
+    spans = Spans.of([(prefix, lengths)], True, "cpu")
+    dtypes = []
+    plain = F.scaled_dot_product_attention
+
+    def recorded(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        dtypes.append((query.shape[2], query.dtype))
+        return plain(query, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    got = attend(query, key, value, spans, narrow_from=prefix + 40)
+    assert set(dtypes) == {(40, torch.bfloat16), (12, torch.float32)}
+    assert len(dtypes) > 2
+    assert got.dtype == torch.float32
+    error = (got - slow_attend(query, key, value, [(prefix, lengths)], True)).abs().amax(1)
+    assert float(error[:120].max()) <= NARROW_ATTENTION
+    assert float(error[120:].max()) <= ATTENTION
 
 
 def test_a_prefix_is_only_for_causal_attention() -> None:

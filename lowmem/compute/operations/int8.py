@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem.artifact.formats import BnbInt8, Int8Channel
+from lowmem.compute.attention import Spans, attend
 from lowmem.compute.operations import trials
+from lowmem.compute.operations.attention_forms import narrow_from
 from lowmem.compute.operations.linear import Linear
 from lowmem.compute.operations.plain import PlainOperations, chunk_tokens, chunks, round_rows
 from lowmem.compute.operations.products import product
@@ -53,6 +55,15 @@ class Int8Operations(PlainOperations):
             for linear, result in zip(linears, results, strict=True):
                 multiply(codes, scales, linear, out=result[rows])
         return results
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+        """Attention within each text, float32 ``[queries, query size]``.
+
+        Long texts go through bfloat16 where that is faster: beside activations that are rounded to
+        8 bits it does not count.
+        """
+        narrow = narrow_from(torch.get_num_threads())
+        return attend(query, key, value, spans, narrow_from=narrow)
 
     def project_add(
         self, mixed: Tensor, linear: Linear, residual: Tensor, exact_rows: int
