@@ -79,7 +79,7 @@ def predict(
         return TORCH_BASE_BYTES + folded + streamed + work + compiled, 0
     resident = weights if plan.schedule == "resident" else plan.kept_layers * layer
     # torch rounds pinned memory up to powers of two.
-    pinned = 2 * (1 << (layer - 1).bit_length()) if plan.schedule == "streamed" else 0
+    pinned = read * (1 << (layer - 1).bit_length()) if plan.schedule == "streamed" else 0
     host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + pinned
     return host, CUDA_CONTEXT_BYTES + folded + kept + resident + streamed + work
 
