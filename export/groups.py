@@ -7,9 +7,10 @@ every variant is journaled, and an export that goes on after a killed one does n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from typing import Any
 
 from export.calibration import Calibration, rounded_linears
 from export.identity import SourceIdentity
@@ -78,29 +79,24 @@ def write_groups(
                 writer = TensorWriter(path, job.layout, kept.get(job.file, ()))
                 writers[job.file] = stack.enter_context(writer)
         tensors = stack.enter_context(closing(_read_ahead(source, alone, dtype)))
-        behind = stack.enter_context(_WriteBehind())
-        recorder = stack.enter_context(ThreadPoolExecutor(max_workers=1))
-        recording: Future[None] | None = None
+        writing, recording = (stack.enter_context(_Behind()) for _ in range(2))
         for i in left:
             group, is_finished = groups[i], groups[i][0] in finished
             progress(_step(i in calibrated, is_finished), i, len(groups))
             if calibration is not None and i in calibrated:
                 layer = read_layer(source, i - 1, dtype)
                 _write_layer(
-                    layer, jobs, writers, calibration, config, behind, is_finished=is_finished
+                    layer, jobs, writers, calibration, config, writing, is_finished=is_finished
                 )
             else:
                 for name in group:
-                    _write_in_all(name, next(tensors), jobs, writers, behind)
-            behind.wait()
+                    _write_in_all(name, next(tensors), jobs, writers, writing)
+            writing.wait()
             identity.check()
             if not is_finished:
-                if recording is not None:
-                    recording.result()
                 written = {file: writer.written() for file, writer in writers.items()}
-                recording = recorder.submit(_record, group[0], written, writers, workspace)
-        if recording is not None:
-            recording.result()
+                recording.do(_record, group[0], written, writers, workspace)
+        recording.wait()
         return {file: writer.finish() for file, writer in writers.items()}
 
 
@@ -139,7 +135,7 @@ def _write_layer(
     writers: Mapping[str, TensorWriter],
     calibration: Calibration,
     config: ModelConfig,
-    behind: _WriteBehind,
+    writing: _Behind,
     *,
     is_finished: bool,
 ) -> None:
@@ -162,10 +158,10 @@ def _write_layer(
                 writer.write(f"layers.{layer.index}.{name}", raw)
         elif not is_finished:
             for norm, raw in layer.norms.items():
-                _write_tensor(f"layers.{layer.index}.{norm}.weight", raw, job, writer, behind)
+                _write_tensor(f"layers.{layer.index}.{norm}.weight", raw, job, writer, writing)
             for name, linear in layer.linears.items():
                 weight = linear.tensors["weight"]
-                _write_tensor(f"layers.{layer.index}.{name}.weight", weight, job, writer, behind)
+                _write_tensor(f"layers.{layer.index}.{name}.weight", weight, job, writer, writing)
 
 
 def _write_in_all(
@@ -173,25 +169,26 @@ def _write_in_all(
     raw: RawTensor,
     jobs: Sequence[Job],
     writers: Mapping[str, TensorWriter],
-    behind: _WriteBehind,
+    writing: _Behind,
 ) -> None:
     """Writes a tensor of the source in every variant that has a file of its own."""
     for job in jobs:
         if job.file in writers:
-            _write_tensor(name, raw, job, writers[job.file], behind)
+            _write_tensor(name, raw, job, writers[job.file], writing)
 
 
 def _write_tensor(
-    name: str, raw: RawTensor, job: Job, writer: TensorWriter, behind: _WriteBehind
+    name: str, raw: RawTensor, job: Job, writer: TensorWriter, writing: _Behind
 ) -> None:
     """Writes a tensor of the source in a variant's format, by itself alone."""
     module = name.removesuffix(".weight")
     form = job.formats.get(module)
     if form is None or isinstance(form, Plain):
-        behind.write(writer, {name: raw})
+        writing.do(_write, writer, {name: raw})
         return
     tensors = quantize(to_torch(raw, "cpu"), form, module)
-    behind.write(writer, {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()})
+    named = {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    writing.do(_write, writer, named)
 
 
 def _write(writer: TensorWriter, tensors: Mapping[str, RawTensor]) -> None:
@@ -199,39 +196,29 @@ def _write(writer: TensorWriter, tensors: Mapping[str, RawTensor]) -> None:
         writer.write(name, raw)
 
 
-class _WriteBehind:
-    """Writes a module while the next one is worked on; what fails is raised at a later call."""
+class _Behind:
+    """Does one thing in a thread beside the caller; what fails is raised at a later call."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._writing: Future[None] | None = None
+        self._doing: Future[None] | None = None
 
-    def __enter__(self) -> _WriteBehind:
+    def __enter__(self) -> _Behind:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
-    def write(self, writer: TensorWriter, tensors: Mapping[str, RawTensor]) -> None:
-        """Begins to write some tensors, once those before them are written.
-
-        Raises:
-            BundleError: One of those before is not the planned one.
-            CapacityError: The disk is full.
-        """
+    def do(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Begins some work, once that before it is done; raises what that raised."""
         self.wait()
-        self._writing = self._pool.submit(_write, writer, tensors)
+        self._doing = self._pool.submit(work, *arguments)
 
     def wait(self) -> None:
-        """Waits until all is written.
-
-        Raises:
-            BundleError: A tensor is not the planned one.
-            CapacityError: The disk is full.
-        """
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        """Waits until all is done; raises what it raised."""
+        doing, self._doing = self._doing, None
+        if doing is not None:
+            doing.result()
 
 
 def _read_ahead(

@@ -238,10 +238,9 @@ class _Loaded:
         waited_before, queued_before = runner.waited_seconds, queued_seconds()
         seconds: list[float] = []
         embedded: list[NDArray[np.float32]] = []
-        for number in itertools.count():
-            if number >= len(job["passes"]) and sum(seconds) >= job["least_seconds"]:
+        for one in itertools.cycle(job["passes"]):
+            if len(seconds) >= len(job["passes"]) and sum(seconds) >= job["least_seconds"]:
                 break
-            one = job["passes"][number % len(job["passes"])]
             given = [texts[row] for row in one["rows"]]
             start = time.perf_counter()
             vectors = runner.embed(

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from export.groups import _write_tensor, _WriteBehind
+from export.groups import _Behind, _write, _write_tensor
 from export.job import Job
 from lowmem.artifact.formats import Int8Channel
 from lowmem.artifact.tensors import RawTensor
@@ -30,11 +30,11 @@ class Writer:
 
 def test_a_tensor_is_written_while_the_next_one_is_made_and_all_are_there_in_the_end() -> None:
     writer = Writer()
-    with _WriteBehind() as behind:
-        behind.write(writer, {"a": RAW, "a_scale": RAW})  # type: ignore[arg-type]
+    with _Behind() as behind:
+        behind.do(_write, writer, {"a": RAW, "a_scale": RAW})
         assert writer.names == []
         writer.may_go_on.set()
-        behind.write(writer, {"b": RAW})  # type: ignore[arg-type]
+        behind.do(_write, writer, {"b": RAW})
         assert writer.names[:2] == ["a", "a_scale"]
         behind.wait()
         assert writer.names == ["a", "a_scale", "b"]
@@ -43,11 +43,11 @@ def test_a_tensor_is_written_while_the_next_one_is_made_and_all_are_there_in_the
 def test_what_could_not_be_written_is_raised_by_the_next_call() -> None:
     writer = Writer()
     writer.may_go_on.set()
-    with _WriteBehind() as behind:
-        behind.write(writer, {"too much": RAW})  # type: ignore[arg-type]
+    with _Behind() as behind:
+        behind.do(_write, writer, {"too much": RAW})
         with pytest.raises(CapacityError, match="the disk is full"):
-            behind.write(writer, {"b": RAW})  # type: ignore[arg-type]
-        behind.write(writer, {"too much": RAW})  # type: ignore[arg-type]
+            behind.do(_write, writer, {"b": RAW})
+        behind.do(_write, writer, {"too much": RAW})
         with pytest.raises(CapacityError, match="the disk is full"):
             behind.wait()
         behind.wait()
@@ -59,7 +59,7 @@ def test_a_linear_is_quantized_while_the_one_before_it_is_written() -> None:
     writer = Writer()
     job = Job("int8", {}, {"a": Int8Channel(), "b": Int8Channel()}, None)
     weight = RawTensor("F16", np.ones((4, 8), np.float16))
-    with _WriteBehind() as behind:
+    with _Behind() as behind:
         _write_tensor("a.weight", weight, job, writer, behind)  # type: ignore[arg-type]
         assert writer.names == []  # and yet it is back
         writer.may_go_on.set()

@@ -40,8 +40,9 @@ class Int8Operations(PlainOperations):
     """The operations with 8-bit products."""
 
     def __init__(self, rms_norm_eps: float) -> None:
-        """Chooses the arithmetic; allocates nothing yet."""
+        """Chooses the arithmetic, attention's by trial; allocates nothing yet."""
         super().__init__("int8", rms_norm_eps)
+        self._narrow_from = narrow_from(torch.get_num_threads())
 
     def norm_project(
         self, hidden: Tensor, norm: Tensor, linears: Sequence[Linear], exact_rows: int
@@ -62,8 +63,7 @@ class Int8Operations(PlainOperations):
         Long texts go through bfloat16 where that is faster: beside activations that are rounded to
         8 bits it does not count.
         """
-        narrow = narrow_from(torch.get_num_threads())
-        return attend(query, key, value, spans, narrow_from=narrow)
+        return attend(query, key, value, spans, narrow_from=self._narrow_from)
 
     def project_add(
         self, mixed: Tensor, linear: Linear, residual: Tensor, exact_rows: int
