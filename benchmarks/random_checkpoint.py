@@ -7,6 +7,7 @@ larger), and are written shard by shard, so that any size needs the memory of on
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -39,6 +40,8 @@ CONTRACT = Contract(
     default_task="NQ",
 )
 _OUTLIERS, _OUTLIER_GAIN = 8, 8.0
+# Characters that no text has, in a vocabulary.
+_PRIVATE_USE, _LETTERS = 0xE000, 200
 
 
 def ensure_checkpoint(directory: Path, config: ModelConfig, shards: int = 3) -> None:
@@ -55,7 +58,7 @@ def write_checkpoint(directory: Path, config: ModelConfig, shards: int = 3, seed
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(strict_json.dumps(config_json(config, "float16")))
     (directory / "contract.json").write_text(strict_json.dumps(CONTRACT.to_json()))
-    _write_tokenizer(directory)
+    _write_tokenizer(directory, config.vocab_size)
     names = list(_specs(config).items())
     size = -(-len(names) // shards)
     weight_map = {}
@@ -91,12 +94,19 @@ def random_weights(spec: TensorSpec, random: np.random.Generator) -> np.ndarray:
     return weights
 
 
-def _write_tokenizer(directory: Path) -> None:
-    """One piece a byte: enough to turn any text into ids."""
+def _write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """One piece a byte turns any text into ids; merges that no text meets fill the vocabulary.
+
+    So a tokenizer takes as much memory as a trained one.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<unk>", "<s>", "</s>"]
-    vocabulary = {piece: number for number, piece in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    pieces = [*special, *alphabet]
+    letters = [chr(_PRIVATE_USE + number) for number in range(_LETTERS)][: vocab_size - len(pieces)]
+    pieces += letters
+    merges = list(itertools.islice(itertools.product(letters, letters), vocab_size - len(pieces)))
+    pieces += ["".join(pair) for pair in merges]
+    tokenizer = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)

@@ -11,6 +11,8 @@ that nothing fits: half as much again as a pass needs.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 _MIB = 2**20
@@ -19,15 +21,26 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 256 * _MIB
 # Blocks of this size go straight back to the system. By itself glibc ends up at 32 MiB.
 _MAPPED_BYTES = 12 * _MIB
+# Where glibc starts, before it has seen larger blocks freed.
+_SMALLEST_MAPPED_BYTES = 128 * 1024
 
 
 @cache
 def keep_freed_memory() -> None:
     """Lets this process keep up to KEPT_BYTES of freed memory; without glibc nothing changes."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+    _mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+    _mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+@contextmanager
+def passing_blocks_given_back() -> Iterator[None]:
+    """Returns what is freed inside to the system: for many large blocks that come only once."""
+    _mallopt(_M_MMAP_THRESHOLD, _SMALLEST_MAPPED_BYTES)
+    try:
+        yield
+    finally:
+        _mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        give_back_freed_memory()
 
 
 def give_back_freed_memory() -> None:
@@ -35,3 +48,9 @@ def give_back_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(parameter, value)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Int8Channel, Plain
 from lowmem.artifact.weights import Checkpoint
+from lowmem.compute.heap import passing_blocks_given_back
 from lowmem.errors import BackendError, BundleError, CapacityError, missing_extra
 from lowmem.text.batching import PackedBatch
 
@@ -201,13 +202,15 @@ def _cpu_session(onnxruntime: Any, path: Path, checkpoint: Checkpoint, threads: 
     elif kinds == {Int8Channel}:
         # The same for linears whose inputs are not rounded, and for 16-bit weights of a pooling.
         disabled += ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
-    return onnxruntime.InferenceSession(
-        path,
-        options,
-        providers=[("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})],
-        disabled_optimizers=disabled,
-        enable_fallback=0,
-    )
+    # Matrices are copied one by one before they are packed.
+    with passing_blocks_given_back():
+        return onnxruntime.InferenceSession(
+            path,
+            options,
+            providers=[("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})],
+            disabled_optimizers=disabled,
+            enable_fallback=0,
+        )
 
 
 def _cuda_session(onnxruntime: Any, path: Path, checkpoint: Checkpoint, threads: int) -> Any:

@@ -20,13 +20,12 @@ MIB = 2**20
 # Interpreter, libraries and thread pools with no model loaded, measured as RssAnon.
 TORCH_BASE_BYTES = 172 * MIB
 ONNX_BASE_BYTES = 60 * MIB
+# A token in a loaded tokenizer with its merges: 584 measured with SmolLM2's, 970 with Mistral's.
+_VOCABULARY_BYTES = 800
 # CUDA's context, kernels and cuBLAS workspaces on the device, and their mirror on the host.
 CUDA_CONTEXT_BYTES = 600 * MIB
 CUDA_HOST_BYTES = 900 * MIB
 
-# By itself glibc keeps freed blocks below this size in its heap, where they are too scattered to be
-# given back.
-_LARGEST_HEAP_BLOCK_BYTES = 32 * MIB
 # Code that oneDNN compiles for 16-bit products and keeps, and the buffers into which it reorders
 # them: measured with AMX.
 _COMPILED_BYTES = 36 * MIB
@@ -60,7 +59,20 @@ def predict(
         Bytes on the host and on the device, the latter 0 for a CPU plan.
     """
     if plan.engine == "onnxruntime":
-        return _onnx(plan, config, formats)
+        host, device = _onnx(plan, config, formats)
+    else:
+        host, device = _torch(plan, config, formats, has_triton, has_vnni)
+    return host + _VOCABULARY_BYTES * config.vocab_size, device
+
+
+def _torch(
+    plan: Plan,
+    config: ModelConfig,
+    formats: Mapping[str, Format],
+    has_triton: bool,
+    has_vnni: bool,
+) -> tuple[int, int]:
+    """Torch maps weights on a CPU and copies them to a card; beside them lies what is at work."""
     weights = stored_bytes(config, formats)
     layer = largest_layer_bytes(config, formats)
     if plan.device == "cuda":
@@ -205,14 +217,12 @@ def _latent_bytes(config: ModelConfig) -> tuple[int, int]:
 def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tuple[int, int]:
     """ONNX Runtime packs codes into a copy of its own, and widens one 16-bit matrix at a time."""
     packed, widened = packed_bytes(plan, config, formats), 0
-    copied = largest_copied = 0
+    largest_copied = 0
     for module, (rows, columns) in module_shapes(config).items():
         form = formats[module]
         if isinstance(form, Plain):
             widened = max(widened, rows * columns * 4)
         elif isinstance(form, Int8Channel) and form.rounds_activations:
-            if rows * columns < _LARGEST_HEAP_BLOCK_BYTES:
-                copied += rows * columns
             largest_copied = max(largest_copied, rows * columns)
     layer = 4 * config.hidden_size + 3 * config.intermediate_size
     folded, pooling = 0, 0
@@ -231,11 +241,7 @@ def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tup
     activations = int(1.1 * widest)
     if plan.device == "cpu":
         # While the session opens codes are copied before they are packed, one matrix at a time:
-        # transposed, and without VNNI made unsigned. Of small ones the memory goes back to the
-        # heap, too scattered for activations, and the heap keeps what is below glibc's threshold
-        # for giving it back.
-        opening = copied + largest_copied
-        kept = min(copied, 2 * _LARGEST_HEAP_BLOCK_BYTES)
-        return ONNX_BASE_BYTES + packed + folded + widened + max(activations + kept, opening), 0
+        # transposed, and without VNNI made unsigned.
+        return ONNX_BASE_BYTES + packed + folded + widened + max(activations, largest_copied), 0
     host = ONNX_BASE_BYTES + CUDA_HOST_BYTES
     return host, CUDA_CONTEXT_BYTES + packed + folded + widened + activations

@@ -51,6 +51,26 @@ trials.fastest("what costs nothing", {"one": form, "other": form})
 print(held() - before)
 """
 
+PASSING = """
+import re, torch
+from lowmem.compute.heap import keep_freed_memory, passing_blocks_given_back
+def held():
+    status = open("/proc/self/status").read()
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
+torch.set_num_threads(1)
+keep_freed_memory()
+torch.ones(2**19)
+behind = []
+before = held()
+with passing_blocks_given_back():
+    for _ in range(40):  # each passing block of 8 MiB leaves one of 64 KiB behind
+        passing = [torch.ones(2**18) for _ in range(8)]
+        behind.append(torch.ones(2**14))
+        most = held()
+        del passing
+print(most - before)
+"""
+
 
 def printed(code: str) -> int:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -69,3 +89,7 @@ def test_a_large_block_leaves_no_gap_before_what_came_after_it() -> None:
 def test_a_trial_leaves_none_of_its_memory_behind() -> None:
     kept = 12 * 2**20  # of each call one block that is still in use
     assert printed(TRIAL) < kept + 20 * 2**20
+
+
+def test_passing_blocks_leave_no_gaps_that_add_up() -> None:
+    assert printed(PASSING) < (8 + 40 / 16) * 2**20 + 4 * 2**20

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,9 +10,21 @@ from lowmem.artifact.variants import HIGH, formats_for
 from lowmem.compute.plan import Plan
 from lowmem.planner import device_memory, memory
 from lowmem.text.batching import PREFIX_TOKENS
+from tests.mistral import mistral_tokenizer
 from tests.shapes import SEVEN_B
 
 GIB = 2**30
+VOCABULARY = 800 * SEVEN_B.vocab_size
+
+MEASURE_TOKENIZER = """
+import re, sys
+from tokenizers import Tokenizer
+def held():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = held()
+tokenizer = Tokenizer.from_file(sys.argv[1])
+print(held() - before)
+"""
 
 
 def predict(variant, device="cpu", compute="fp32", schedule="resident", engine="torch", **changes):
@@ -127,7 +141,8 @@ def test_memory_grows_with_the_token_budget():
 
 
 def test_a_chunk_is_never_larger_than_what_it_is_cut_from():
-    less = predict("int4", batch_tokens=1, window_tokens=1)[0] - memory.TORCH_BASE_BYTES
+    less = predict("int4", batch_tokens=1, window_tokens=1)[0]
+    less -= memory.TORCH_BASE_BYTES + VOCABULARY
     matrix = 4 * 4096 * 14336
     token = 4 * 4096 + 4 * (4096 + 14336) + 2 * 4 * 14336
     prefixes = 2 * PREFIX_TOKENS * 32 * 1024 * 4
@@ -161,12 +176,19 @@ def test_two_buffers_hold_the_largest_layer_of_a_mixture():
     assert needs[1] - needs[0] == 2 * codes * (8.25 - 4.5) / 8
 
 
-def test_onnxruntime_holds_copies_of_small_matrices_of_8_bit_codes_while_it_opens():
+def test_onnxruntime_holds_a_copy_of_one_matrix_of_8_bit_codes_while_it_opens():
     formats = formats_for("int8", SEVEN_B, "F16")
     plan = Plan("int8", "onnxruntime", "cpu", "int8", "resident", batch_tokens=64)
     needed, _ = memory.predict(plan, SEVEN_B, "F16", formats)
     packed = memory.packed_bytes(plan, SEVEN_B, formats)
     assert packed > SEVEN_B.linear_weights
-    attention = sum(r * c for name, (r, c) in SEVEN_B.linears().items() if "attn" in name)
-    held = SEVEN_B.num_hidden_layers * attention + 4096 * 14336  # the MLP's one at a time
-    assert needed == memory.ONNX_BASE_BYTES + packed + held
+    assert needed == memory.ONNX_BASE_BYTES + VOCABULARY + packed + 4096 * 14336
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_vocabulary_counts_about_as_much_as_mistrals_tokenizer_holds(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(mistral_tokenizer(legacy=False)["tokenizer.json"])
+    command = [sys.executable, "-c", MEASURE_TOKENIZER, str(path)]
+    held = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.5 * held < VOCABULARY < 1.5 * held
