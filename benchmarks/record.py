@@ -51,20 +51,32 @@ def head(name: str, command: str) -> dict[str, Any]:
     }
 
 
-def resume(kept: Path, about: dict[str, Any], refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
+def resume(
+    kept: Path,
+    about: dict[str, Any],
+    refuse: Callable[[str], NoReturn],
+    *,
+    of_any_commit: bool = False,
+) -> dict[str, Any]:
     """What an earlier part of a run has measured, or the start of one: ``about`` and ``steps``.
 
     Args:
         kept: Where it lies.
         about: What the record begins with.
         refuse: Told, and does not return, where another commit has measured it.
+        of_any_commit: Whether that is taken all the same: each such step then names its commit.
     """
     measured: dict[str, Any] = (
         json.loads(kept.read_text()) if kept.exists() else {**about, "steps": {}}
     )
-    if measured["commit"] != about["commit"]:
+    if measured["commit"] == about["commit"]:
+        return measured
+    if not of_any_commit:
         refuse(f"{kept} is of commit {measured['commit']}: remove it to measure anew")
-    return measured
+    steps = {
+        name: {"commit": measured["commit"], **step} for name, step in measured["steps"].items()
+    }
+    return {**about, "steps": steps}
 
 
 def measure_missing(

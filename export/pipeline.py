@@ -84,7 +84,7 @@ def export(
         calibration: Texts that steer the quantizers; without any the weights alone do.
         onnx: Whether to write ONNX graphs.
         copy: Whether to write the bytes of ``fp16`` again instead of linking the source's files.
-        force: Whether to replace variants that were made otherwise.
+        force: Whether to make variants anew that are there, however they were made.
         max_memory: Bytes that the process may hold at most, or None.
         device: What calibrates: ``cpu`` or ``cuda``.
         accepts_licence: Asked about each licence that may not permit every use.

@@ -83,7 +83,7 @@ def export(
         typer.Option(metavar="NAME", help="A licence of the source that you have read."),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace variants that were made otherwise.")
+        bool, typer.Option("--force", help="Make variants anew that are there.")
     ] = False,
 ) -> None:
     """Write a bundle from a checkpoint, or add variants to one."""

@@ -11,7 +11,8 @@ that nothing fits: half as much again as a pass needs.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -34,7 +35,10 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def passing_blocks_given_back() -> Iterator[None]:
-    """Returns what is freed inside to the system: for many large blocks that come only once."""
+    """Returns what is freed inside to the system: for many large blocks that come only once.
+
+    The largest blocks go back to it from then on.
+    """
     _mallopt(_M_MMAP_THRESHOLD, _SMALLEST_MAPPED_BYTES)
     try:
         yield
@@ -45,12 +49,17 @@ def passing_blocks_given_back() -> Iterator[None]:
 
 def give_back_freed_memory() -> None:
     """Returns all that is free to the system: for once, after work that does not come again."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = _glibc("malloc_trim")
     if trim is not None:
         trim(ctypes.c_size_t(0))
 
 
 def _mallopt(parameter: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(parameter, value)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library, if this one has it."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -44,7 +44,10 @@ def test_a_run_in_two_parts_ends_with_the_record(script, three_steps, tmp_path, 
     assert "not measured yet: reference\n" in capsys.readouterr().out
     exported = json.loads((tmp_path / "measured.json").read_text())["steps"]["export"]
     assert 50 * 2**20 < exported["peak_host_bytes"] < exported["ceiling_peak_host_bytes"]
-    assert exported["disk_bytes"] < exported["ceiling_disk_bytes"]
+    linked = sum(shard.stat().st_size for shard in (tmp_path / "checkpoint").glob("model-*"))
+    assert linked > 1.5 * 2**20
+    slack = exported["ceiling_disk_bytes"] - exported["disk_bytes"]
+    assert 0 < slack < linked, "a copy of the linked weights would not show"
 
     script.main(arguments)
     record = json.loads((tmp_path / "record.json").read_text())
@@ -63,6 +66,15 @@ def test_measurements_of_another_commit_are_refused(script, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main([str(tmp_path), "--shape", "tiny"])
     assert f"{kept} is of commit 0123: remove it to measure anew" in capsys.readouterr().err
+
+
+def test_steps_of_another_commit_that_are_kept_name_it(script, tmp_path):
+    kept = tmp_path / "measured.json"
+    old = {"export": {"seconds": 1}, "plan": {"seconds": 2, "commit": "4567"}}
+    kept.write_text(json.dumps({"commit": "0123", "steps": old}))
+    measured = script.resume(kept, {"commit": "89ab"}, pytest.fail, of_any_commit=True)
+    assert measured["commit"] == "89ab"
+    assert measured["steps"] == {"export": {"seconds": 1, "commit": "0123"}, "plan": old["plan"]}
 
 
 @pytest.mark.parametrize("features", [("avx2",), ("avx2", "avx512_vnni", "avx512_bf16")], ids=str)
