@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from lowmem.artifact.formats import BnbInt8, Format, Int8Channel
 
 ENGINES = ("torch", "onnxruntime")
 DEVICES = ("cpu", "cuda")
@@ -31,6 +34,19 @@ def int8_chunk_rows(threads: int) -> int:
     the cache.
     """
     return max(768, 128 * threads)
+
+
+def rounds_every_mlp(formats: Mapping[str, Format]) -> bool:
+    """Whether every layer's gate and up are codes that meet rounded activations.
+
+    Then 8-bit products take all tokens through an MLP in chunks. ``formats`` are those of every
+    linear.
+    """
+    return all(
+        isinstance(form, BnbInt8) or (isinstance(form, Int8Channel) and form.rounds_activations)
+        for module, form in formats.items()
+        if module.endswith((".gate_proj", ".up_proj"))
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
 from lowmem.compute.operations.products import check_float32, keeps_code, rows_computed
 from lowmem.compute.out_of_memory import is_out_of_memory
+from lowmem.compute.plan import rounds_every_mlp
 from lowmem.compute.prefixes import PrefixCache
 from lowmem.compute.streaming import LayerStream
 from lowmem.errors import BackendError, CapacityError
@@ -94,7 +95,7 @@ class TorchEngine:
         is_full = False
         try:
             self._ops = _operations(checkpoint.config, device, compute)
-            self._fills_batches = device == "cpu" and _fills_batches(self._ops, checkpoint.config)
+            self._fills_batches = device == "cpu" and _fills_batches(self._ops, checkpoint)
             self._ends = _load_ends(checkpoint, device)
             self._layers = LayerStream(checkpoint, device, kept_layers, drops_cache=drops_cache)
         except (RuntimeError, MemoryError) as error:
@@ -198,11 +199,13 @@ class TorchEngine:
         ]
 
 
-def _fills_batches(ops: Operations, config: ModelConfig) -> bool:
+def _fills_batches(ops: Operations, checkpoint: Checkpoint) -> bool:
     """Whether products of any number of tokens would each leave something behind."""
-    if not isinstance(ops, PlainOperations) or isinstance(ops, int8.Int8Operations):
+    if not isinstance(ops, PlainOperations):
         return False
-    return keeps_code(ops.dtype, config.largest_linear)
+    if isinstance(ops, int8.Int8Operations) and rounds_every_mlp(checkpoint.formats):
+        return False
+    return keeps_code(ops.dtype, checkpoint.config.largest_linear)
 
 
 def _operations(config: ModelConfig, device: str, compute: str) -> Operations:

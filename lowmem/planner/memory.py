@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lowmem.artifact.config import ModelConfig
-from lowmem.artifact.formats import BnbInt8, Format, Int8Channel, IntGrouped, Plain, linear_bytes
+from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain, linear_bytes
 from lowmem.artifact.weights import module_shapes
-from lowmem.compute.plan import CHUNK_BYTES, Plan, int8_chunk_rows
+from lowmem.compute.plan import CHUNK_BYTES, Plan, int8_chunk_rows, rounds_every_mlp
 from lowmem.planner import device_memory
 from lowmem.text.batching import PREFIX_TOKENS
 
@@ -173,7 +173,7 @@ def _activation_bytes(
     hidden, query, key = config.hidden_size, config.query_size, config.key_value_size
     # The residual stream; q, k and v; q and k rotated; the mixed heads, and before them SDPA's.
     attention = 4 * hidden + width * (4 * query + 3 * key)
-    if plan.compute == "int8" and has_vnni and _rounds_every_mlp(formats):
+    if plan.compute == "int8" and has_vnni and rounds_every_mlp(formats):
         # A chunk goes through all three linears: sums, the gate, what meets it, and codes of both.
         rows = min(plan.batch_tokens, int8_chunk_rows(plan.threads))
         chunk = min(CHUNK_BYTES, 4 * rows * config.intermediate_size)
@@ -184,15 +184,6 @@ def _activation_bytes(
     chunk = whole // -(-whole // CHUNK_BYTES)  # equal ones
     chunks = 3 if plan.compute == "int8" else 2  # rounded, what goes into the last product is new
     return max(plan.batch_tokens * attention, plan.batch_tokens * mlp + chunks * chunk)
-
-
-def _rounds_every_mlp(formats: Mapping[str, Format]) -> bool:
-    """Whether every layer's gate and up are codes that meet rounded activations."""
-    return all(
-        isinstance(form, BnbInt8) or (isinstance(form, Int8Channel) and form.rounds_activations)
-        for module, form in formats.items()
-        if module.endswith((".gate_proj", ".up_proj"))
-    )
 
 
 def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:

@@ -20,12 +20,13 @@ from lowmem.artifact.tensors import RawTensor, StoredTensor
 from lowmem.artifact.variants import VARIANTS
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute import engine as engine_module
+from lowmem.compute import torch_engine
 from lowmem.compute.engine import Runner, shortest_prefix, unit_length
 from lowmem.compute.operations import products
 from lowmem.compute.plan import Plan
 from lowmem.compute.torch_engine import TorchEngine
 from lowmem.errors import BackendError, BundleError
-from lowmem.text.batching import EncodedText, arrange, pack
+from lowmem.text.batching import EncodedText, PackedBatch, arrange, pack
 from tests.models import CONTRACT, LAYERS
 from tests.runners import Vectors, cosine_distances, encoded, runner
 from tests.tolerances import INVARIANCE, ROUNDED_INVARIANCE_FACTOR, gamma
@@ -164,6 +165,26 @@ def test_equal_texts_are_computed_once(bundle: Bundle, monkeypatch: pytest.Monke
     vectors = model.embed([texts[0], texts[1], texts[0], texts[0]], normalize=True)
     assert sorted(rows) == [0, 1]
     assert np.array_equal(vectors[[2, 3]], vectors[[0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("variant", "fills"), [("int8", False), ("bnb-int8", False), ("int4", True), ("fp16", True)]
+)
+def test_batches_are_filled_where_8_bit_compute_has_no_8_bit_codes(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, variant: str, fills: bool
+) -> None:
+    asked = []
+
+    def filled(batch: PackedBatch, tokens: int) -> PackedBatch:
+        asked.append(tokens)
+        return batch
+
+    monkeypatch.setattr(PackedBatch, "filled", filled)
+    monkeypatch.setattr(torch_engine.int8, "is_exact_and_faster", lambda threads: True)
+    monkeypatch.setattr(torch_engine, "keeps_code", lambda dtype, weights: True)
+    model = runner(bundle, variant, compute="int8")
+    model.embed(encoded(model), normalize=True)
+    assert bool(asked) == fills
 
 
 def test_progress_counts_every_text(bundle: Bundle) -> None:
