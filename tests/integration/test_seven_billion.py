@@ -44,10 +44,8 @@ def test_a_run_in_two_parts_ends_with_the_record(script, three_steps, tmp_path, 
     assert "not measured yet: reference\n" in capsys.readouterr().out
     exported = json.loads((tmp_path / "measured.json").read_text())["steps"]["export"]
     assert 50 * 2**20 < exported["peak_host_bytes"] < exported["ceiling_peak_host_bytes"]
-    linked = sum(shard.stat().st_size for shard in (tmp_path / "checkpoint").glob("model-*"))
-    assert linked > 1.5 * 2**20
     slack = exported["ceiling_disk_bytes"] - exported["disk_bytes"]
-    assert 0 < slack < linked, "a copy of the linked weights would not show"
+    assert 0 < slack < 2**20, "linked weights are no outputs"
 
     script.main(arguments)
     record = json.loads((tmp_path / "record.json").read_text())
