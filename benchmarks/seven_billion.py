@@ -84,6 +84,14 @@ class Site:
         """The bundle with all variants."""
         return self.directory / "bundle"
 
+    def shards(self) -> list[Path]:
+        """The checkpoint's weights, in order."""
+        return sorted(self.source.glob("*.safetensors"))
+
+    def source_bytes(self) -> int:
+        """What those take."""
+        return sum(shard.stat().st_size for shard in self.shards())
+
     def vectors(self, step: str) -> Path:
         """What a step embedded."""
         return self.directory / f"{step}.npy"
@@ -129,15 +137,14 @@ class Site:
     def checkpoint(self) -> Measured:
         """The source, which is written unless it is there."""
         ensure_checkpoint(self.source, SHAPES[self.shape], SHARDS)
-        shards = list(self.source.glob("*.safetensors"))
-        return {"shards": len(shards), "bytes": sum(shard.stat().st_size for shard in shards)}
+        return {"shards": len(self.shards()), "bytes": self.source_bytes()}
 
     def export(self) -> Measured:
         """All variants and graphs into the bundle, which must take no more disk than they do."""
         shutil.rmtree(self.bundle, ignore_errors=True)
         measured = self._export(self.bundle, *VARIANTS)
         variants = Bundle(self.bundle).manifest.variants.values()
-        linked = sum(shard.stat().st_size for shard in self.source.glob("*.safetensors"))
+        linked = self.source_bytes()  # by fp16
         outputs = sum(variant.stored_bytes for variant in variants) - linked
         measured |= {"disk_bytes": _own_bytes(self.bundle), "ceiling_disk_bytes": outputs + MIB}
         return measured | {"ceiling_peak_host_bytes": EXPORT_BYTES}
@@ -157,8 +164,14 @@ class Site:
         measured = self.export_alone("int8")
         self._drop_page_cache()
         target = self.directory / "plain"
-        shards = sorted(self.source.glob("*.safetensors"))
-        command = [sys.executable, "-c", _PLAIN, *shards, target, str(measured["stored_bytes"])]
+        command = [
+            sys.executable,
+            "-c",
+            _PLAIN,
+            *self.shards(),
+            target,
+            str(measured["stored_bytes"]),
+        ]
         start = time.monotonic()
         subprocess.run(command, check=True)
         plain = time.monotonic() - start
@@ -216,7 +229,7 @@ class Site:
     def _drop_page_cache(self) -> None:
         """Lets the weights of the source, which are those of ``fp16``, go from the page cache."""
         os.sync()
-        for shard in self.source.glob("*.safetensors"):
+        for shard in self.shards():
             with shard.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

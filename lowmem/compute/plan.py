@@ -36,6 +36,11 @@ def int8_chunk_rows(threads: int) -> int:
     return max(768, 128 * threads)
 
 
+def multiplies_codes(form: Format) -> bool:
+    """Whether a linear's own codes are what activations rounded to 8 bits meet."""
+    return isinstance(form, BnbInt8) or (isinstance(form, Int8Channel) and form.rounds_activations)
+
+
 def rounds_every_mlp(formats: Mapping[str, Format]) -> bool:
     """Whether every layer's gate and up are codes that meet rounded activations.
 
@@ -43,7 +48,7 @@ def rounds_every_mlp(formats: Mapping[str, Format]) -> bool:
     linear.
     """
     return all(
-        isinstance(form, BnbInt8) or (isinstance(form, Int8Channel) and form.rounds_activations)
+        multiplies_codes(form)
         for module, form in formats.items()
         if module.endswith((".gate_proj", ".up_proj"))
     )

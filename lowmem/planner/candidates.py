@@ -217,7 +217,6 @@ def with_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     host, device = memory.predict(
         plan,
         subject.config,
-        subject.dtype,
         subject.formats[plan.variant],
         has_triton=has_triton(hardware),
         has_vnni=hardware.has_vnni,

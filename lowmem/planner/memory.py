@@ -39,7 +39,6 @@ PRODUCT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp16-acc16": 2, "int8": 4, "f
 def predict(
     plan: Plan,
     config: ModelConfig,
-    dtype: str,
     formats: Mapping[str, Format],
     *,
     has_triton: bool = True,
@@ -50,7 +49,6 @@ def predict(
     Args:
         plan: Engine, device, compute, schedule and token budget; its memory fields are not read.
         config: The model's shape.
-        dtype: F16 or BF16, of everything but the linears.
         formats: Format of every linear.
         has_triton: Whether the card has; without it plain kernels hold float32 copies.
         has_vnni: Whether the processor has; without it plain operations round to 8 bits.

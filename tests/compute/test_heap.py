@@ -3,11 +3,18 @@
 import subprocess
 import sys
 
-CODE = """
-import resource, torch
+BEGIN = """
+import re, torch
 from lowmem.compute.heap import keep_freed_memory
+def held():
+    status = open("/proc/self/status").read()
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
 torch.set_num_threads(1)
 keep_freed_memory()
+"""
+
+CODE = """
+import resource
 def layer():
     return [torch.ones(2**20) for _ in range(20)]  # 80 MiB in blocks of 4
 layer(); layer()
@@ -19,13 +26,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 GAP = """
-import re, torch
-from lowmem.compute.heap import keep_freed_memory
-def held():
-    status = open("/proc/self/status").read()
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
-torch.set_num_threads(1)
-keep_freed_memory()
 large = torch.ones(2**22)  # 16 MiB
 behind = torch.ones(2**18)
 before = held()
@@ -34,17 +34,10 @@ print(before - held())
 """
 
 TRIAL = """
-import re, sys, torch
-from lowmem.compute.heap import keep_freed_memory
 from lowmem.compute.operations import trials
-def held():
-    status = open("/proc/self/status").read()
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
 def form():
     blocks = [torch.ones(2**19) for _ in range(40)]  # 80 MiB in blocks of 2
     behind.append(torch.ones(2**18))
-torch.set_num_threads(1)
-keep_freed_memory()
 behind = []
 before = held()
 trials.fastest("what costs nothing", {"one": form, "other": form})
@@ -52,13 +45,7 @@ print(held() - before)
 """
 
 PASSING = """
-import re, torch
-from lowmem.compute.heap import keep_freed_memory, passing_blocks_given_back
-def held():
-    status = open("/proc/self/status").read()
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1])
-torch.set_num_threads(1)
-keep_freed_memory()
+from lowmem.compute.heap import passing_blocks_given_back
 torch.ones(2**19)
 behind = []
 before = held()
@@ -73,7 +60,8 @@ print(most - before)
 
 
 def printed(code: str) -> int:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", BEGIN + code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 

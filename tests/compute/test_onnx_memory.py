@@ -91,7 +91,7 @@ def test_a_session_with_latent_attention_holds_what_is_predicted(
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     opened = Checkpoint(variant)
     plan = Plan("", "onnxruntime", "cpu", "fp32", "resident", batch_tokens=32)
-    host, _ = predict(plan, opened.config, "F16", opened.formats)
+    host, _ = predict(plan, opened.config, opened.formats)
     predicted = host - ONNX_BASE_BYTES
     measured = json.loads(shown.stdout)["bytes"]
     assert 0.7 * predicted < measured < predicted + _SMALL_BYTES

@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem.artifact.formats import BnbInt8, Int8Channel
 from lowmem.compute.attention import Spans, attend
 from lowmem.compute.operations import trials
 from lowmem.compute.operations.attention_forms import narrow_from
 from lowmem.compute.operations.linear import Linear
 from lowmem.compute.operations.plain import PlainOperations, chunk_tokens, chunks, round_rows
 from lowmem.compute.operations.products import product
-from lowmem.compute.plan import int8_chunk_rows
+from lowmem.compute.plan import int8_chunk_rows, multiplies_codes
 
 # A matrix of one column is read wrongly, and more than so many products of 127 * 128 may leave
 # int32.
@@ -112,11 +111,7 @@ class Int8Operations(PlainOperations):
 
 def has_codes(linear: Linear) -> bool:
     """Whether a linear is stored as 8-bit codes that meet rounded activations."""
-    return (
-        isinstance(linear.format, Int8Channel | BnbInt8)
-        and linear.rounds_activations
-        and linear.in_features in _IN_FEATURES
-    )
+    return multiplies_codes(linear.format) and linear.in_features in _IN_FEATURES
 
 
 def round_to_int8(states: Tensor) -> tuple[Tensor, Tensor]:
