@@ -23,7 +23,7 @@ from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.errors import BundleError
-from lowmem.hardware.queueing import queued_seconds
+from lowmem.hardware.queueing import Queueing
 
 PACKAGES = (
     "lowmem",
@@ -62,7 +62,8 @@ class Record:
         load_seconds: From the start of loading to ready.
         seconds: Each timed pass over all texts, tokenization left out.
         waited_seconds: Of all timed passes, how long arithmetic waited for weights.
-        queued_seconds: Of all timed passes, how long threads waited for a core, summed over them.
+        queued_seconds: Of all timed passes, how long threads waited for a core that other processes
+            had, summed over them.
         peak_host_bytes: Most RssAnon + RssShmem of the process tree until then.
         peak_device_bytes: Most memory of the CUDA device until then, 0 on a CPU.
         versions: Packages that took part.
@@ -235,7 +236,7 @@ class _Loaded:
             shortest = min(texts, key=lambda text: len(text.input_ids))
             first = texts if self._is_on_card else [shortest]
             runner.embed(first, normalize=normalize, must_be_finite=False)
-        waited_before, queued_before = runner.waited_seconds, queued_seconds()
+        waited_before, queueing = runner.waited_seconds, Queueing()
         seconds: list[float] = []
         embedded: list[NDArray[np.float32]] = []
         for one in itertools.cycle(job["passes"]):
@@ -248,7 +249,7 @@ class _Loaded:
             )
             seconds.append(time.perf_counter() - start)
             embedded = [*embedded, vectors] if job["keeps_all"] else [vectors]
-        queued = max(0.0, queued_seconds() - queued_before)  # less where threads have ended
+        queued = queueing.seconds()
         if job["vectors"] is not None:
             np.save(job["vectors"], np.concatenate(embedded))
         lengths = [len(text.input_ids) for text in texts]

@@ -126,6 +126,11 @@ class Hardware:
         exact = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
         return not exact.isdisjoint(self.cpu_features)
 
+    @property
+    def has_amx(self) -> bool:
+        """Multiplies 16-bit matrices in tiles, whose rows are of an order of their own."""
+        return not {"amx_bf16", "amx_fp16"}.isdisjoint(self.cpu_features)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON object that :meth:`from_json` reads."""
         return {

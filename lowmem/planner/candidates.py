@@ -220,6 +220,7 @@ def with_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
         subject.formats[plan.variant],
         has_triton=has_triton(hardware),
         has_vnni=hardware.has_vnni,
+        has_amx=hardware.has_amx,
     )
     return plan.with_(host_bytes=host, device_bytes=device)
 

@@ -26,9 +26,10 @@ _VOCABULARY_BYTES = 800
 CUDA_CONTEXT_BYTES = 600 * MIB
 CUDA_HOST_BYTES = 900 * MIB
 
-# Code that oneDNN compiles for 16-bit products and keeps, and the buffers into which it reorders
-# them: measured with AMX.
-_COMPILED_BYTES = 36 * MIB
+# Code that oneDNN compiles for 16-bit products and keeps, with what it reorders matrices into. With
+# AMX these are blocks in another order, of a small matrix all: measured at two sizes.
+_COMPILED_BYTES, _COMPILED_AMX_BYTES = 20 * MIB, 40 * MIB
+_REORDERED_BYTES = 40 * MIB
 
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
 _LATENT_BLOCK_BYTES = 64 * MIB
@@ -43,6 +44,7 @@ def predict(
     *,
     has_triton: bool = True,
     has_vnni: bool = False,
+    has_amx: bool = False,
 ) -> tuple[int, int]:
     """Peak memory of a plan.
 
@@ -52,6 +54,7 @@ def predict(
         formats: Format of every linear.
         has_triton: Whether the card has; without it plain kernels hold float32 copies.
         has_vnni: Whether the processor has; without it plain operations round to 8 bits.
+        has_amx: Whether the processor has; with it oneDNN reorders 16-bit matrices.
 
     Returns:
         Bytes on the host and on the device, the latter 0 for a CPU plan.
@@ -59,7 +62,7 @@ def predict(
     if plan.engine == "onnxruntime":
         host, device = _onnx(plan, config, formats)
     else:
-        host, device = _torch(plan, config, formats, has_triton, has_vnni)
+        host, device = _torch(plan, config, formats, has_triton, has_vnni, has_amx)
     return host + _VOCABULARY_BYTES * config.vocab_size, device
 
 
@@ -69,6 +72,7 @@ def _torch(
     formats: Mapping[str, Format],
     has_triton: bool,
     has_vnni: bool,
+    has_amx: bool,
 ) -> tuple[int, int]:
     """Torch maps weights on a CPU and copies them to a card; beside them lies what is at work."""
     weights = stored_bytes(config, formats)
@@ -85,7 +89,7 @@ def _torch(
     read = min(2, config.num_hidden_layers - plan.kept_layers)
     streamed = read * layer if plan.schedule == "streamed" else 0
     if plan.device == "cpu":
-        compiled = _COMPILED_BYTES if PRODUCT_BYTES[plan.compute] == 2 else 0
+        compiled = _compiled_bytes(plan, config, has_amx)
         return TORCH_BASE_BYTES + folded + streamed + work + compiled, 0
     resident = weights if plan.schedule == "resident" else plan.kept_layers * layer
     # torch rounds pinned memory up to powers of two.
@@ -139,12 +143,21 @@ def _layer_bytes(config: ModelConfig, formats: Mapping[str, Format]) -> list[int
 
 
 def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
-    """The one buffer that matrices are dequantized into on a CPU."""
+    """The one buffer that matrices are dequantized into on a CPU, where any has another form."""
     native = {"bf16": "BF16", "fp16": "F16"}.get(plan.compute)
-    is_native = all(isinstance(form, Plain) and form.dtype == native for form in formats.values())
-    # oneDNN reorders a 16-bit matrix into a buffer of its own.
-    copies = 2 if native is not None and not is_native else 1
-    return copies * config.largest_linear * PRODUCT_BYTES[plan.compute]
+    if all(isinstance(form, Plain) and form.dtype == native for form in formats.values()):
+        return 0
+    return config.largest_linear * PRODUCT_BYTES[plan.compute]
+
+
+def _compiled_bytes(plan: Plan, config: ModelConfig, has_amx: bool) -> int:
+    """What oneDNN holds of its own for 16-bit products on a CPU."""
+    width = PRODUCT_BYTES[plan.compute]
+    if width != 2:
+        return 0
+    if not has_amx:
+        return _COMPILED_BYTES
+    return _COMPILED_AMX_BYTES + min(width * config.largest_linear, _REORDERED_BYTES)
 
 
 def _hidden_bytes(plan: Plan, config: ModelConfig) -> int:

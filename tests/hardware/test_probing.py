@@ -80,22 +80,22 @@ def test_an_unreadable_cpuinfo_gives_no_features() -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "bf16", "fp16", "vnni"),
+    ("features", "bf16", "fp16", "vnni", "amx"),
     [
-        ((), False, False, False),
-        (("avx2", "avx512f"), False, False, False),
-        (("avx2", "avx_vnni"), False, False, True),
-        (("avx512_bf16", "avx512_vnni"), True, False, True),
-        (("amx_bf16", "amx_int8", "avx512_fp16"), True, True, True),
-        (("asimddp", "asimdhp", "bf16"), True, True, True),
+        ((), False, False, False, False),
+        (("avx2", "avx512f"), False, False, False, False),
+        (("avx2", "avx_vnni"), False, False, True, False),
+        (("avx512_bf16", "avx512_vnni"), True, False, True, False),
+        (("amx_bf16", "amx_int8", "avx512_fp16"), True, True, True, True),
+        (("asimddp", "asimdhp", "bf16"), True, True, True, False),
     ],
 )
 def test_native_arithmetic_follows_from_the_features(
-    features: tuple[str, ...], bf16: bool, fp16: bool, vnni: bool
+    features: tuple[str, ...], bf16: bool, fp16: bool, vnni: bool, amx: bool
 ) -> None:
     machine = Hardware("cpu", 1, features, GIB, GIB)
-    found = (machine.has_native_bf16, machine.has_native_fp16, machine.has_vnni)
-    assert found == (bf16, fp16, vnni)
+    found = (machine.has_native_bf16, machine.has_native_fp16, machine.has_vnni, machine.has_amx)
+    assert found == (bf16, fp16, vnni, amx)
 
 
 def test_threads_without_a_quota_are_the_affinity(tmp_path: Path) -> None:

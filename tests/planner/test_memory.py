@@ -153,6 +153,22 @@ def test_16_bit_weights_in_their_own_dtype_need_no_scratch():
     assert predict("fp16", compute="fp16")[0] < predict("int8", compute="fp16")[0]
 
 
+def test_amx_reorders_16_bit_matrices_and_holds_no_second_large_one():
+    plan = Plan("int4", "torch", "cpu", "bf16", "resident")
+    formats = formats_for("int4", SEVEN_B, "F16")
+    plain, tiled = (
+        memory.predict(plan, SEVEN_B, formats, has_amx=has_amx)[0] for has_amx in (False, True)
+    )
+    assert plain < tiled < plain + 2 * 14336 * 4096
+
+
+def test_float32_products_are_the_same_with_amx():
+    plan = Plan("int4", "torch", "cpu", "fp32", "resident")
+    formats = formats_for("int4", SEVEN_B, "F16")
+    with_amx = memory.predict(plan, SEVEN_B, formats, has_amx=True)
+    assert with_amx == memory.predict(plan, SEVEN_B, formats)
+
+
 def with_vnni(variant, formats):
     plan = Plan(variant, "torch", "cpu", "int8", "resident")
     return memory.predict(plan, SEVEN_B, formats, has_vnni=True)[0]
