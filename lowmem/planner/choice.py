@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 BUILT_IN_TEXTS = ("probe", "quick")
 # By as much the timings of one plan differ from one minute to the next.
 _TIMING_ERROR = 0.1
+# Mean cosines that are equal in so many digits do not tell plans apart.
+_MEAN_DIGITS = 3
 # Shorter instructions are computed with every text.
 _SHORTEST_INSTRUCTION = 32
 
@@ -73,7 +75,8 @@ def choose(
     """Plans a bundle on a machine.
 
     Verified plans come first; then ``fp16`` in fp32 or native bf16; then any unverified plan; a
-    failing one only where its variant was asked for by name.
+    failing one only where its variant was asked for by name. The fastest of them runs, or one that
+    timing can hardly tell from it: such a plan that keeps prefixes, and then the most faithful.
 
     Args:
         bundle: The bundle.
@@ -115,13 +118,17 @@ def choose(
     if not tier:
         return Choice(machine, _ordered(plans), None, _nothing_left(plans, bundle))
     _warn_of_disturbed(stopwatch, tier)
-    chosen = _best_of(tier, bundle.contract, repeated)
+    reports = {plan.id: stored_report(plan, bundle) for plan in tier}
+    means = {id_: report["cosine"]["mean"] for id_, report in reports.items() if report}
+    chosen = _best_of(tier, bundle.contract, means, repeated)
     fastest = max(tier, key=lambda plan: plan.speed)
     reason, warning = _explain(chosen, kind, len(tier), floor)
     if chosen is not fastest:
-        why = "is faster by less than timings differ, and keeps no instruction"
+        why = "is faster by less than timings differ, and less faithful"
         if chosen.speed < (1 - _TIMING_ERROR) * fastest.speed:
             why = f"would compute again the {repeated:.0%} that are repeated instructions"
+        elif shortest_prefix(fastest, bundle.contract) is None:
+            why = "is faster by less than timings differ, and keeps no instruction"
         reason += f"; {fastest.id} ({_speed_text(fastest)}) {why}"
     return Choice(machine, _ordered(plans), chosen, reason, warning)
 
@@ -256,23 +263,31 @@ def _best_tier(plans: Sequence[Plan], wishes: Wishes) -> tuple[list[Plan], str]:
     return (running, "failing") if wishes.variant != AUTO else ([], "none")
 
 
-def _best_of(tier: Sequence[Plan], contract: Contract, repeated: float = 0.0) -> Plan:
-    """The fastest; of those that timing can hardly tell from it, one that keeps prefixes.
+def _best_of(
+    tier: Sequence[Plan], contract: Contract, means: Mapping[str, float], repeated: float = 0.0
+) -> Plan:
+    """The fastest, or of those that timing can hardly tell from it the best.
+
+    That is one that keeps prefixes, and then the most faithful, by the mean cosines that are known
+    of plan ids: what is chosen shall not turn on a moment's noise, least of all to the worse.
 
     What is timed has no instruction in common, so what a plan saves there is not in its speed: of
     texts with a repeated part it computes the rest alone. That part never changes the variant:
     queries are to be compared with documents, which repeat nothing.
     """
     savers = [plan for plan in tier if shortest_prefix(plan, contract) is not None]
-    chosen = _fast_enough(savers, max(tier, key=lambda plan: plan.speed))
-    alike = [plan for plan in savers if plan.variant == chosen.variant]
-    return _fast_enough(alike, chosen, repeated) if repeated else chosen
+    least = (1 - _TIMING_ERROR) * max(plan.speed for plan in tier)
+    alike = [plan for plan in tier if plan.speed >= least]
 
+    def merit(plan: Plan) -> tuple[bool, float, float]:
+        return plan in savers, round(means.get(plan.id, 0.0), _MEAN_DIGITS), plan.speed
 
-def _fast_enough(savers: Sequence[Plan], rival: Plan, repeated: float = 0.0) -> Plan:
-    """The fastest of plans that keep prefixes, or the rival where that would take longer."""
-    best = max(savers, key=lambda plan: plan.speed, default=rival)
-    return best if best.speed >= (1 - _TIMING_ERROR) * (1 - repeated) * rival.speed else rival
+    chosen = max(alike, key=merit)
+    if chosen in savers or not repeated:
+        return chosen
+    of_variant = [plan for plan in savers if plan.variant == chosen.variant]
+    saver = max(of_variant, key=lambda plan: plan.speed, default=chosen)
+    return saver if saver.speed >= (1 - repeated) * least else chosen
 
 
 def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, str | None]:

@@ -6,8 +6,9 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import FLOORS
 from lowmem.compute.plan import Plan
 from lowmem.errors import CapacityError
+from lowmem.hardware import Hardware
 from lowmem.measure import Record
-from lowmem.planner import timing
+from lowmem.planner import choice, timing
 from lowmem.planner.candidates import Wishes
 from lowmem.planner.choice import _best_of, _best_tier, _explain, choose, repeated_share
 from tests.models import CONTRACT
@@ -56,22 +57,57 @@ def test_a_dropped_plan_is_never_chosen():
 def test_of_plans_that_timing_cannot_tell_apart_one_that_keeps_prefixes_is_chosen():
     keeps, other = plan("int8", "int8", speed=950), plan("int8", "int8", speed=1000)
     other = other.with_(engine="onnxruntime")
-    assert _best_of([keeps, other], CONTRACT) == keeps
+    assert _best_of([keeps, other], CONTRACT, {}) == keeps
     slower = keeps.with_(tokens_per_second=850)
-    assert _best_of([slower, other], CONTRACT) == other
+    assert _best_of([slower, other], CONTRACT, {}) == other
     bidirectional = replace(CONTRACT, is_causal=False)
-    assert _best_of([keeps, other], bidirectional) == other
+    assert _best_of([keeps, other], bidirectional, {}) == other
+
+
+def test_of_plans_that_timing_cannot_tell_apart_the_most_faithful_is_chosen():
+    fast, good = plan("bnb-int8", "int8", speed=1000), plan("int8", "int8", speed=950)
+    means = {fast.id: 0.9944, good.id: 0.9989}
+    assert _best_of([fast, good], CONTRACT, means) == good
+    assert _best_of([fast, good], CONTRACT, {**means, fast.id: 0.9988}) == fast  # hardly less
+    assert _best_of([fast, good.with_(tokens_per_second=850)], CONTRACT, means) == fast
+    assert _best_of([fast, good], CONTRACT, means, repeated=0.5) == good
+    keeps_none = good.with_(engine="onnxruntime")
+    assert _best_of([fast, keeps_none], CONTRACT, means | {keeps_none.id: 0.9989}) == fast
+
+
+def test_the_reason_says_why_a_faster_plan_was_not_chosen(tiny_bundle, monkeypatch):
+    means = {"fp32": 0.999}
+
+    def report(plan, bundle):
+        figures = {"mean": means.get(plan.compute, 0.99), "p5": 0.98, "min": 0.97}
+        return {"cosine": figures, "nonfinite": 0}
+
+    seconds = {"fp32": 2.1, "int8": 2.0}
+    monkeypatch.setattr(choice, "stored_report", report)
+    monkeypatch.setattr(
+        timing,
+        "measure",
+        lambda bundle, plan, rows, **_: Record(1, 100, 0.0, [seconds[plan.compute]]),
+    )
+    wishes = Wishes("int8", "torch", "cpu", schedule="resident")
+    machine = Hardware("cpu", 2, (), 2**34, 2**34)
+    found = choose(Bundle(tiny_bundle), wishes=wishes, floor=FLOOR, machine=machine)
+    assert found.get().id == "int8-torch-cpu-fp32-resident"
+    assert found.reason.endswith(
+        "; 48 tokens/s; int8-torch-cpu-int8-resident (50 tokens/s) is faster by less than timings "
+        "differ, and less faithful"
+    )
 
 
 def test_what_is_repeated_counts_for_plans_that_compute_it_once():
     keeps, other = plan("int8", "int8", speed=500), plan("int8", "int8", speed=1000)
     other = other.with_(engine="onnxruntime")
-    assert _best_of([keeps, other], CONTRACT, 0.4) == other
-    assert _best_of([keeps, other], CONTRACT, 0.5) == keeps
-    assert _best_of([keeps, other], replace(CONTRACT, is_causal=False), 0.9) == other
+    assert _best_of([keeps, other], CONTRACT, {}, 0.4) == other
+    assert _best_of([keeps, other], CONTRACT, {}, 0.5) == keeps
+    assert _best_of([keeps, other], replace(CONTRACT, is_causal=False), {}, 0.9) == other
     # Documents, which repeat nothing, get the other plan: their queries keep its variant.
-    assert _best_of([plan("int4", speed=850), keeps, other], CONTRACT, 0.5) == keeps
-    assert _best_of([plan("int4", speed=800), other], CONTRACT, 0.5) == other
+    assert _best_of([plan("int4", speed=850), keeps, other], CONTRACT, {}, 0.5) == keeps
+    assert _best_of([plan("int4", speed=800), other], CONTRACT, {}, 0.5) == other
 
 
 def test_only_instructions_that_came_before_are_repeated():
