@@ -15,6 +15,8 @@ at no time are there more than two matrices of their size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -116,21 +118,37 @@ def round_weight(
     order = importance.argsort(descending=True, stable=True)
     _reorder(inverse, order)
     factor = torch.linalg.cholesky(inverse, upper=True)
-    groups = (order // grid.group_size).tolist()
     # An input's weights lie next to each other here, where they are worked on input by input.
-    inputs, scales_of = weight.T[order], scales.T.contiguous()
+    inputs = weight.T[order]
+    groups = (order // grid.group_size).tolist()
+    _round_inputs(inputs, scales.T.contiguous(), groups, factor, grid)
+    del factor  # before what is returned is copied
+    return inputs.T.index_select(1, order.argsort()), scales
+
+
+def _round_inputs(
+    inputs: Tensor, scales: Tensor, groups: Sequence[int], factor: Tensor, grid: Grid
+) -> None:
+    """Rounds one input after another, and lets those behind it make up for it.
+
+    Args:
+        inputs: Weights, ``[in_features, out_features]``, which become values of the grid.
+        scales: ``[groups, out_features]``.
+        groups: The group of each input.
+        factor: Upper Cholesky factor of the inverse of the second moments, in the same order.
+        grid: The format's values.
+    """
     for begin in range(0, len(inputs), _BLOCK):
         end = min(begin + _BLOCK, len(inputs))
         block, corner = inputs[begin:end], factor[begin:end, begin:end]
         errors = torch.empty_like(block)
         for i, pivot in enumerate(corner.diagonal().tolist()):
-            scale = scales_of[groups[begin + i]]
+            scale = scales[groups[begin + i]]
             value = grid.nearest(block[i] / scale)
             torch.addcmul(block[i], value, scale, value=-1, out=errors[i]).div_(pivot)
             block[i] = value
             block[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
         inputs[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
-    return inputs.T.index_select(1, order.argsort()), scales
 
 
 def _reorder(matrix: Tensor, order: Tensor) -> None:
