@@ -51,8 +51,6 @@ def _others_seconds() -> float:
 
     Of ``/proc/stat``, less this process's own; see proc(5).
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return 0.0
     names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     ticks = 0
     with contextlib.suppress(OSError):

@@ -94,9 +94,12 @@ def choose(
     """
     machine = machine or hardware.probe()
     subject = Subject.of_bundle(bundle)
+    found = candidates(subject, machine, wishes)
+    # Plans that differ in schedule alone share a report.
+    of_report = {plan.report_id: plan for plan in found}
+    reports = {id_: stored_report(plan, bundle) for id_, plan in of_report.items()}
     plans = [
-        plan.with_(fidelity=fidelity_of(plan, bundle, floor))
-        for plan in candidates(subject, machine, wishes)
+        plan.with_(fidelity=verdict.fidelity(reports[plan.report_id], floor)) for plan in found
     ]
     stopwatch = Stopwatch(bundle, subject, machine, progress)
     if time_all:
@@ -118,7 +121,6 @@ def choose(
     if not tier:
         return Choice(machine, _ordered(plans), None, _nothing_left(plans, bundle))
     _warn_of_disturbed(stopwatch, tier)
-    reports = {plan.id: stored_report(plan, bundle) for plan in tier}
     means = {id_: report["cosine"]["mean"] for id_, report in reports.items() if report}
     chosen = _best_of(tier, bundle.contract, means, repeated)
     fastest = max(tier, key=lambda plan: plan.speed)
@@ -269,7 +271,7 @@ def _best_of(
     """The fastest, or of those that timing can hardly tell from it the best.
 
     That is one that keeps prefixes, and then the most faithful, by the mean cosines that are known
-    of plan ids: what is chosen shall not turn on a moment's noise, least of all to the worse.
+    of report ids: what is chosen shall not turn on a moment's noise, least of all to the worse.
 
     What is timed has no instruction in common, so what a plan saves there is not in its speed: of
     texts with a repeated part it computes the rest alone. That part never changes the variant:
@@ -280,7 +282,7 @@ def _best_of(
     alike = [plan for plan in tier if plan.speed >= least]
 
     def merit(plan: Plan) -> tuple[bool, float, float]:
-        return plan in savers, round(means.get(plan.id, 0.0), _MEAN_DIGITS), plan.speed
+        return plan in savers, round(means.get(plan.report_id, 0.0), _MEAN_DIGITS), plan.speed
 
     chosen = max(alike, key=merit)
     if chosen in savers or not repeated:

@@ -66,13 +66,15 @@ def test_of_plans_that_timing_cannot_tell_apart_one_that_keeps_prefixes_is_chose
 
 def test_of_plans_that_timing_cannot_tell_apart_the_most_faithful_is_chosen():
     fast, good = plan("bnb-int8", "int8", speed=1000), plan("int8", "int8", speed=950)
-    means = {fast.id: 0.9944, good.id: 0.9989}
+    means = {fast.report_id: 0.9944, good.report_id: 0.9989}
     assert _best_of([fast, good], CONTRACT, means) == good
-    assert _best_of([fast, good], CONTRACT, {**means, fast.id: 0.9988}) == fast  # hardly less
+    assert (
+        _best_of([fast, good], CONTRACT, {**means, fast.report_id: 0.9988}) == fast
+    )  # hardly less
     assert _best_of([fast, good.with_(tokens_per_second=850)], CONTRACT, means) == fast
     assert _best_of([fast, good], CONTRACT, means, repeated=0.5) == good
     keeps_none = good.with_(engine="onnxruntime")
-    assert _best_of([fast, keeps_none], CONTRACT, means | {keeps_none.id: 0.9989}) == fast
+    assert _best_of([fast, keeps_none], CONTRACT, means | {keeps_none.report_id: 0.9989}) == fast
 
 
 def test_the_reason_says_why_a_faster_plan_was_not_chosen(tiny_bundle, monkeypatch):
