@@ -199,20 +199,25 @@ def build_probe(rows: Collection, source: Sources) -> None:
 
 
 def build_calibration(rows: Collection, source: Sources) -> None:
-    """Takes the rows of ``calibration`` but the written questions."""
+    """Takes the rows of ``calibration`` but the written questions.
+
+    Most are short: what a vector is pooled from counts most, and each has one such token.
+    """
     key = "calibration"
     rows.take(key, "long", source.cut(runs, NOVELS, 400, 1500), 2)
     rows.take(key, "long", source.cut(sections, ("pep",), 350, 1200), 2)
     for novel, number in (("pride", 6), ("holmes", 4), ("alice", 4)):
         rows.take(key, "prose", source.cut(runs, (novel,), 60, 180), number, per_document=3)
-    rows.take(key, "prose", source.cut(runs, ("pep",), 60, 180), 14, per_document=3)
-    rows.take(key, "prose", source.cut(whole, ("factbook",), 40, 600), 36)
+    rows.take(key, "prose", source.cut(runs, ("pep",), 60, 180), 10, per_document=3)
+    rows.take(key, "prose", source.cut(whole, ("factbook",), 40, 600), 8)
     rows.take(key, "code", source.cut(examples, ("pep",), 201, 700), 1, per_document=2)
     rows.take(key, "code", source.cut(examples, ("pep",), 20, 200), 12, per_document=6)
     for lang in sorted(LANGUAGES.values()):
-        rows.take(key, "multilingual", source.foreign(lang, 8, 300), 4)
+        rows.take(key, "multilingual", source.foreign(lang, 8, 300), 7)
         rows.take(key, "multilingual", source.paragraphs(lang, 150, rows.taken), 2)
     rows.take(key, "short", source.english(3, 8), 20)
+    rows.take(key, "short", source.english(6, 20), 240)
+    rows.take(key, "short", source.cut(runs, NOVELS, 15, 59), 40, per_document=4)
     for lang in sorted(LANGUAGES.values()):
         rows.take(key, "question", source.foreign(lang, 8, 150, True), 1, task="Quora")
         rows.take(key, "question", source.foreign(lang, 8, 150), 1, task="Bitext")

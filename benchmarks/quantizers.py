@@ -18,7 +18,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,9 @@ from record import RESULTS, ROOT, head, measure_missing, resume, write
 import export.calibration
 import export.folds
 import export.quantizers.gptq as gptq
+import export.sensitivities
 import lowmem.artifact.variants
-from export.hidden_states import Texts
+from export.hidden_states import Stage, Texts
 from export.pipeline import export as run_export
 from export.sources import open_source
 from lowmem import data, hardware
@@ -80,14 +81,33 @@ def without_least_squares() -> None:
     gptq.least_squares = lambda weight, missing, inverse: weight
 
 
-def with_absolute_errors() -> None:
-    """Tokens count by the squared error of their states, however long those are."""
+def _counted(weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Tokens count by their hidden states and by whether they are pooled, and by nothing else."""
 
-    def ones(self: export.calibration.Calibration, texts: Texts) -> Any:
-        return (torch.ones(rows.stop - rows.start, 1) for rows in texts.rows)
+    def weights(
+        self: export.calibration.Calibration, index: int, stage: Stage, texts: Texts
+    ) -> Iterator[torch.Tensor]:
+        for batch in texts.batches:
+            yield weigh(self.states()[batch.rows], batch.pooling_mask)[:, None]
 
     # A step is left out, so a method is replaced.
-    export.calibration.Calibration._token_weights = ones  # type: ignore[method-assign]
+    export.calibration.Calibration._token_weights = weights  # type: ignore[method-assign]
+    export.sensitivities.token_sensitivities = lambda *_: torch.empty(0)
+
+
+def with_absolute_errors() -> None:
+    """Tokens count by the squared error of their states, however long those are."""
+    _counted(lambda states, pooled: torch.ones(len(states)))
+
+
+def with_equal_tokens() -> None:
+    """Tokens count by their error relative to their states."""
+    _counted(lambda states, pooled: 1 / states.square().mean(dim=-1))
+
+
+def with_pooled_tokens() -> None:
+    """The same, and those that are pooled four times as much as others."""
+    _counted(lambda states, pooled: (1.0 + 3.0 * pooled) / states.square().mean(dim=-1))
 
 
 def with_one_ridge() -> None:
@@ -106,8 +126,11 @@ def without_first_tokens() -> None:
     """The first token of a text, whose states are the longest of all, counts nothing."""
     weights = export.calibration.Calibration._token_weights
 
-    def without(self: export.calibration.Calibration, texts: Texts) -> Any:
-        for batch, weight in zip(texts.batches, weights(self, texts), strict=True):
+    def without(
+        self: export.calibration.Calibration, index: int, stage: Stage, texts: Texts
+    ) -> Iterator[torch.Tensor]:
+        counted = weights(self, index, stage, texts)
+        for batch, weight in zip(texts.batches, counted, strict=True):
             starts = batch.spans.last_tokens + 1 - torch.tensor(batch.lengths)
             weight[starts] = 0
             yield weight
@@ -116,9 +139,9 @@ def without_first_tokens() -> None:
     export.calibration.Calibration._token_weights = without  # type: ignore[method-assign]
 
 
-def with_equal_tokens() -> None:
-    """Tokens that are pooled count like all others."""
-    export.calibration.POOLED_WEIGHT = 1.0
+def with_plain_sensitivities() -> None:
+    """Tokens count by their sensitivities as they are."""
+    export.calibration.SENSITIVITY_POWER = 1.0
 
 
 def with_larger_groups() -> None:
@@ -162,7 +185,11 @@ STEPS = {
         "and each token's error relative to its states", "int4", with_relative_errors
     ),
     "int4, ridges": Step("and a ridge of each input's own", "int4", with_equal_tokens),
-    "int4": Step("and pooled tokens count more: what is exported", "int4"),
+    "int4, pooled tokens": Step("and pooled tokens count four times", "int4", with_pooled_tokens),
+    "int4": Step("instead, tokens count by what they do to the vector: what is exported", "int4"),
+    "int4, plain sensitivities": Step(
+        "the same, by the square of that", "int4", with_plain_sensitivities
+    ),
     "int4, no first token": Step("the same, first tokens left out", "int4", without_first_tokens),
     "int4, half the texts": Step("the same, with every second text", "int4", texts=2),
     "int4, groups of 64": Step("the same, in groups of 64", "int4", with_larger_groups),

@@ -2,19 +2,19 @@
 
 Each stage of a layer sees the inputs that the stages before it, as stored, give it, rounded where
 8-bit compute will round them, and is fitted to what the full-precision model has at that place
-(``quantizers/gptq.py``). So what is lost in one place is made up for in the next.
+(``quantizers/gptq.py``). So what is lost in one place is made up for in the next. What a token's
+error counts is what the pooled vectors see of it (``sensitivities.py``).
 
 Memory holds the second moments of one stage and its weights; hidden states lie in scratch files.
-No random numbers are drawn, and products come from one library whatever is fastest here: the same
-inputs, threads and kind of processor give the same bytes. Layers that a killed export has finished
+Products come from one library whatever is fastest here: the same inputs, threads and kind of
+processor give the same bytes. Layers that a killed export has finished
 are gone through as they were stored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from export.hidden_states import (
     BEFORE_MLP,
     MLP,
     OUTPUT,
+    STAGES,
     HiddenStates,
     Inputs,
     Stage,
@@ -36,17 +37,18 @@ from export.quantizers.gptq import quantize_outputs
 from export.quantizers.grids import grid_of, pack
 from export.quantizers.moments import Moments, second_moments
 from lowmem.artifact.config import ModelConfig
-from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Format, Int8Channel
 from lowmem.artifact.tensors import RawTensor
 from lowmem.artifact.weights import LayerWeights, LinearWeights
 from lowmem.compute.operations.dequantize import dequantize_into
 from lowmem.compute.operations.linear import Linear, to_torch
 from lowmem.errors import BundleError
-from lowmem.text.batching import EncodedText
 
-POOLED_WEIGHT = 4.0
-"""What the error of a token that is pooled counts, where that of any other counts 1."""
+SENSITIVITY_POWER, LEAST_SENSITIVITY = 0.5, 0.01
+"""What a token's error counts: its sensitivity over the mean one, and a little, to this power.
+
+As it is, few tokens would be all that a stage is fitted to.
+"""
 _SMALLEST_SQUARE = 1e-12
 _SAMPLE_TOKENS = 2048
 
@@ -55,12 +57,12 @@ Formats = Mapping[str, Format]
 """Linear within a layer, ``self_attn.q_proj``, to format."""
 
 
-def scratch_bytes(config: ModelConfig, tokens: int, variants: int) -> int:
-    """What calibration of some variants takes of the disk while it goes on."""
-    # Full precision's hidden states behind a layer, before and within it, and each variant's;
-    # inputs of the stages that read no norm.
-    hidden = (3 + variants) * config.hidden_size
-    return 4 * tokens * (hidden + config.query_size + config.intermediate_size)
+def states_scratch_bytes(config: ModelConfig, tokens: int, variants: int) -> int:
+    """What calibration of some variants takes of the disk, what the texts themselves do left out.
+
+    Full precision's hidden states behind a layer, before and within it, and each variant's.
+    """
+    return 4 * tokens * (3 + variants) * config.hidden_size
 
 
 class Calibration:
@@ -74,33 +76,29 @@ class Calibration:
 
     def __init__(
         self,
-        texts: Sequence[EncodedText],
-        config: ModelConfig,
-        contract: Contract,
+        texts: Texts,
+        sensitivities: Tensor,
         embedding: RawTensor,
         variants: Mapping[str, int | None],
-        directory: Path,
-        device: str = "cpu",
     ) -> None:
         """Looks up the embeddings.
 
         Args:
-            texts: The texts, tokenized.
-            config: The model's shape.
-            contract: Whether attention is causal.
+            texts: The texts, and what computes.
+            sensitivities: Of the pooled vectors to what each stage gives each token, squared,
+                ``[layers, stages, tokens]``.
             embedding: The token embeddings.
             variants: Those to be calibrated, and about how many tokens suffice each; None for all.
-            directory: Where scratch files may lie, without a name.
-            device: What computes: ``cpu`` or ``cuda``.
 
         Raises:
             CapacityError: The disk is full.
         """
         self.errors: dict[str, dict[str, float]] = {name: {} for name in variants}
-        self._texts = Texts(texts, config, contract, directory, device)
+        self._texts = texts
+        self._sensitivities = sensitivities
         self._full = HiddenStates(self._texts, embedding)
-        self._before = self._texts.scratch(config.hidden_size)
-        self._middle = self._texts.scratch(config.hidden_size)
+        self._before = texts.scratch(texts.config.hidden_size)
+        self._middle = texts.scratch(texts.config.hidden_size)
         self._variants = {
             name: HiddenStates(self._texts.part(enough), embedding)
             for name, enough in variants.items()
@@ -154,10 +152,11 @@ class Calibration:
             states = self._texts.mixed if stage == OUTPUT else self._texts.gated
             inputs = self._texts.brought(states)
         step = -(-self._texts.tokens // _SAMPLE_TOKENS)
+        weights = self._token_weights(layer.index, stage, self._texts)
         return torch.cat(
             [
                 rows[::step] * weight[::step].sqrt()
-                for rows, weight in zip(inputs, self._token_weights(self._texts), strict=True)
+                for rows, weight in zip(inputs, weights, strict=True)
             ]
         )
 
@@ -195,7 +194,7 @@ class Calibration:
             weight = folded.weights(stage)
             form = formats[stage[0]]
             assert all(formats[linear] == form for linear in stage), stage
-            weights = self._token_weights(states.texts)
+            weights = self._token_weights(layer.index, stage, states.texts)
             seen, crossed = second_moments(inputs, wanted(stage), weights)
             moments = Moments(seen, weight @ crossed if stage in (ATTENTION, MLP) else crossed)
             try:
@@ -221,18 +220,24 @@ class Calibration:
             return texts.normed(self._before, norms[BEFORE_ATTENTION])
         return texts.normed(self._middle, norms[BEFORE_MLP])
 
-    def _token_weights(self, texts: Texts) -> Iterator[Tensor]:
-        """What each token's squared error counts, ``[rows, 1]``: it is taken relative to the token.
+    def _token_weights(self, index: int, stage: Stage, texts: Texts) -> Iterator[Tensor]:
+        """What each token's squared error counts in a stage, ``[rows, 1]``, batch by batch.
 
-        The first token's states are hundreds of times as long as those of others; counted by
-        their absolute error it would be all that a layer is fitted to. Tokens that are pooled
-        count more: of the others the vector sees keys and values alone.
+        It is taken relative to the token: the first one's states are hundreds of times as long as
+        those of others, and counted as they are its errors would be all that a layer is fitted to.
         """
-        for batch in texts.batches:
-            squares = self._full.hidden[batch.rows].square().mean(dim=-1, keepdim=True)
-            weights = squares.clamp_min_(_SMALLEST_SQUARE).reciprocal_().to(texts.device)
-            weights[batch.pooling_mask] *= POOLED_WEIGHT
-            yield weights
+        sensitivities = self._sensitivities[index, STAGES.index(stage)]
+        squares = [
+            self._full.hidden[rows].square().mean(dim=-1).clamp_min_(_SMALLEST_SQUARE)
+            for rows in texts.rows
+        ]
+        relative = [
+            sensitivities[rows] * square for rows, square in zip(texts.rows, squares, strict=True)
+        ]
+        mean = torch.cat(relative).mean().clamp_min_(_SMALLEST_SQUARE)
+        for counts, square in zip(relative, squares, strict=True):
+            weights = (counts / mean + LEAST_SENSITIVITY) ** SENSITIVITY_POWER / square
+            yield weights[:, None].to(texts.device)
 
     @torch.inference_mode()
     def replay(self, name: str, layer: LayerWeights) -> None:

@@ -51,8 +51,13 @@ LONGEST_TOKENS = 4096
 """Most tokens of a text, which makes a batch by itself where it is longer than one."""
 
 
+def texts_scratch_bytes(config: ModelConfig, tokens: int) -> int:
+    """What texts take of the disk, hidden states left out."""
+    return 4 * tokens * (config.query_size + config.intermediate_size)
+
+
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Texts that are computed together; ``rows`` are their tokens among all."""
 
     rows: slice
@@ -71,6 +76,7 @@ class Texts:
         device: What computes: ``cpu`` or ``cuda``.
     """
 
+    @torch.inference_mode(False)  # derivatives may go through what is made here
     def __init__(
         self,
         texts: Sequence[EncodedText],
@@ -94,7 +100,7 @@ class Texts:
             positions = torch.from_numpy(batch.position_ids).to(device)
             lengths = np.diff(batch.cu_seqlens).tolist()
             self.batches.append(
-                _Batch(
+                Batch(
                     slice(self.tokens, self.tokens + batch.tokens),
                     Rotation.at(positions, config.rope_theta, config.head_dim),
                     Spans.of([(0, lengths)], contract.is_causal, device),
@@ -104,7 +110,7 @@ class Texts:
             )
             self._ids.append(batch.input_ids)
             self.tokens += batch.tokens
-        self.mixed = self.scratch(config.num_attention_heads * config.head_dim)
+        self.mixed = self.scratch(config.query_size)
         self.gated = self.scratch(config.intermediate_size)
 
     def part(self, tokens: int | None) -> Texts:
@@ -117,15 +123,18 @@ class Texts:
             return self
         every = len(self.batches)
         wanted = min(every, max(1, round(every * tokens / self.tokens)))
-        chosen = [i * every // wanted for i in range(wanted)]
+        return self.only([i * every // wanted for i in range(wanted)])
+
+    def only(self, chosen: Sequence[int]) -> Texts:
+        """Some of the batches, by their numbers, in the same scratch and rows."""
         some = copy(self)
         some.batches = [self.batches[i] for i in chosen]
         some._ids = [self._ids[i] for i in chosen]
         return some
 
-    def scratch(self, features: int) -> Tensor:
-        """Zeros on the disk, float32 ``[tokens, features]``."""
-        shape = (self.tokens, features)
+    def scratch(self, features: int, tokens: int | None = None) -> Tensor:
+        """Zeros on the disk, float32 ``[tokens, features]``, for all tokens or so many."""
+        shape = (self.tokens if tokens is None else tokens, features)
         return torch.from_numpy(mapped(self._directory, shape, "calibration"))
 
     @property
@@ -146,10 +155,14 @@ class Texts:
     def embedded(self, embedding: RawTensor) -> Tensor:
         """The hidden states before the first layer, float32 ``[tokens, hidden_size]``."""
         hidden = self.scratch(self.config.hidden_size)
-        for batch, ids in zip(self.batches, self._ids, strict=True):
-            rows = RawTensor(embedding.dtype, embedding.array[ids]).float32()
-            hidden[batch.rows] = torch.from_numpy(rows)
+        for batch, states in zip(self.batches, self.looked_up(embedding), strict=True):
+            hidden[batch.rows] = states
         return hidden
+
+    def looked_up(self, embedding: RawTensor) -> Iterator[Tensor]:
+        """The embeddings of each batch, float32 ``[rows, hidden_size]``."""
+        for ids in self._ids:
+            yield torch.from_numpy(RawTensor(embedding.dtype, embedding.array[ids]).float32())
 
 
 class HiddenStates:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from export import sensitivities
 from export.hidden_states import LONGEST_TOKENS, STAGES
 from export.sources import Source
 from lowmem.artifact.config import ModelConfig
@@ -64,14 +65,15 @@ def peak_bytes(config: ModelConfig, source_dtype: str, *, is_calibrated: bool) -
     if not is_calibrated:
         return _LIBRARIES_BYTES + alone
     layer = read * sum(rows * columns for rows, columns in shapes.values())
-    return _LIBRARIES_BYTES + max(alone, layer + _stage_bytes(config))
+    return _LIBRARIES_BYTES + max(alone, layer + _calibration_bytes(config))
 
 
 def card_bytes(config: ModelConfig) -> int:
     """Most bytes of a card's memory that calibration holds."""
     columns = max(columns for _, columns in config.linears().values())
     # A card inverts by solving for the identity.
-    return CUDA_BYTES + _stage_bytes(config) + _FLOAT32 * columns * columns
+    stage = _stage_bytes(config) + _FLOAT32 * columns * columns
+    return CUDA_BYTES + max(stage, sensitivities.peak_bytes(config))
 
 
 def calibrating_device(wanted: str, config: ModelConfig, hardware: Hardware) -> tuple[str, str]:
@@ -126,6 +128,10 @@ def within_card(device: str) -> Iterator[None]:
             "the card's memory is used up, by this export and other programs: --device cpu "
             "calibrates without it"
         ) from error
+
+
+def _calibration_bytes(config: ModelConfig) -> int:
+    return max(_stage_bytes(config), sensitivities.peak_bytes(config))
 
 
 def _stage_bytes(config: ModelConfig) -> int:

@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from export import licences
+from export import licences, sensitivities
 from export.allocation import Effects, allocate, pooled_effects, some_texts
-from export.calibration import Calibration, scratch_bytes
+from export.calibration import Calibration, states_scratch_bytes
 from export.disagreements import disagreements
 from export.groups import read_tensor, write_groups
-from export.hidden_states import LONGEST_TOKENS
+from export.hidden_states import LONGEST_TOKENS, Texts, texts_scratch_bytes
 from export.identity import SourceIdentity
 from export.job import Job, kept_files, work_digest
 from export.layout import lay_out
@@ -194,7 +194,7 @@ def export(
             scratch = workspace.partial
             with within_card(device):
                 steered = _calibration(
-                    source, config, contract, dtype, jobs, texts, scratch, device
+                    source, config, contract, dtype, jobs, texts, scratch, device, progress
                 )
                 hashes = write_groups(
                     source, identity, dtype, jobs, workspace, finished, progress, steered
@@ -265,6 +265,7 @@ def _calibration(
     texts: Callable[[], Sequence[EncodedText]],
     directory: Path,
     device: str,
+    progress: Progress,
 ) -> Calibration | None:
     """The calibration texts in front of the first layer, if a job needs them."""
     calibrated = {
@@ -274,8 +275,9 @@ def _calibration(
     }
     if not calibrated:
         return None
-    embedding = read_tensor(source, EMBEDDING, dtype)
-    return Calibration(texts(), config, contract, embedding, calibrated, directory, device)
+    packed = Texts(texts(), config, contract, directory, device)
+    sensitive = sensitivities.token_sensitivities(source, packed, dtype, progress)
+    return Calibration(packed, sensitive, read_tensor(source, EMBEDDING, dtype), calibrated)
 
 
 def _tokenized(
@@ -312,7 +314,10 @@ def _needed_bytes(
     needed = 0
     if calibrated := sum(job.is_calibrated for job in jobs):
         tokens = sum(len(text.input_ids) for text in texts())
-        needed += scratch_bytes(source.config, tokens, calibrated)
+        needed += texts_scratch_bytes(source.config, tokens) + max(
+            sensitivities.scratch_bytes(source.config, tokens),
+            states_scratch_bytes(source.config, tokens, calibrated),
+        )
     latents = source.config.latent_attention
     folded = 0 if latents is None else latents.folded_bytes(source.config.hidden_size)
     place = nearest_directory(bundle)

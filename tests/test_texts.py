@@ -53,7 +53,7 @@ def test_token_count_includes_template_bos_and_eos(script: ModuleType, tokenizer
     [
         ("probe", (190, 220), 17_000, 25_000),
         ("quick", (64, 64), 2_000, 4_000),
-        ("calibration", (200, 300), 20_000, 24_000),
+        ("calibration", (500, 600), 20_000, 24_000),
         ("workloads", (200, 400), 18_000, 21_000),
     ],
 )

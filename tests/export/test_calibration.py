@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from export import hidden_states
-from export.calibration import POOLED_WEIGHT, Calibration
+from export.calibration import LEAST_SENSITIVITY, SENSITIVITY_POWER, Calibration
+from export.hidden_states import OUTPUT, STAGES, Texts
 from export.pipeline import export
 from export.sources import open_source
 from lowmem import data
@@ -60,11 +61,13 @@ def tokenized(checkpoint: Path, rows: Sequence[Row]) -> list[EncodedText]:
     return Tokenizer(checkpoint / "tokenizer.json", CONTRACT, vocab_size).encode_rows(rows)
 
 
-def begun(checkpoint: Path, texts: Sequence[EncodedText], directory: Path) -> Calibration:
-    """A calibration of ``int4``, before the first layer."""
+def begun(checkpoint: Path, encoded: Sequence[EncodedText], directory: Path) -> Calibration:
+    """A calibration of ``int4``, before the first layer, by sensitivities without meaning."""
     opened = Checkpoint(checkpoint)
-    variants = {"int4": None}
-    return Calibration(texts, opened.config, CONTRACT, opened.embedding(), variants, directory)
+    texts = Texts(encoded, opened.config, CONTRACT, directory, "cpu")
+    shape = (opened.config.num_hidden_layers, len(STAGES), texts.tokens)
+    drawn = torch.from_numpy(np.random.RandomState(1).lognormal(0, 3, shape)).float()
+    return Calibration(texts, drawn, opened.embedding(), {"int4": None})
 
 
 def embed(bundle: Bundle, variant: str, compute: str) -> NDArray[np.float32]:
@@ -113,18 +116,17 @@ def test_hidden_states_are_those_of_the_engine(checkpoint: Path, tmp_path: Path)
         assert float(1 - cosines.min()) < PARITY_COSINE
 
 
-def test_a_pooled_token_counts_more_and_every_token_by_its_own_length(
+def test_a_token_counts_by_its_own_length_and_by_what_the_vector_sees_of_it(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     calibration = begun(checkpoint, tokenized(checkpoint, CALIBRATION[:40]), tmp_path)
     texts = calibration._texts
-    weights = torch.cat(list(calibration._token_weights(texts)))[:, 0]
-    relative = weights * calibration.states().square().mean(dim=-1)
-    lengths = [length for batch in texts.batches for length in batch.lengths]
-    last = torch.tensor(lengths).cumsum(0) - 1
-    expected = torch.ones(texts.tokens)
-    expected[last] = POOLED_WEIGHT
-    assert torch.allclose(relative, expected)
+    squares = calibration.states().double().square().mean(dim=-1)
+    sensitivities = calibration._sensitivities[1, 1].double() * squares
+    relative = sensitivities / sensitivities.mean()
+    expected = (relative + LEAST_SENSITIVITY) ** SENSITIVITY_POWER / squares
+    weights = torch.cat(list(calibration._token_weights(1, OUTPUT, texts)))[:, 0]
+    assert torch.allclose(weights.double(), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("share", "batches"), [(0.0, 1), (0.5, 5), (0.7, 7), (3.0, 10)])
