@@ -54,8 +54,8 @@ _WORKLOADS = ("short", "mid", "long", "instructed", "mixed")
 # In the order in which one builds on the other; a record's keys are sorted.
 _STEPS = (
     *("int4, data-free", "int4, gptq", "int4, least squares", "int4, relative errors"),
-    *("int4, ridges", "int4", "int4, no first token", "int4, half the texts"),
-    *("int4, groups of 64", "int4-4.5", "int4-5.5"),
+    *("int4, ridges", "int4, pooled tokens", "int4", "int4, plain sensitivities"),
+    *("int4, no first token", "int4, half the texts", "int4, groups of 64", "int4-5.5"),
     *("bnb-nf4, data-free", "bnb-nf4", "int8, data-free", "int8, SmoothQuant", "int8"),
     *("bnb-int8, data-free", "bnb-int8"),
 )
@@ -74,6 +74,21 @@ def quantizers_table(record: dict[str, Any]) -> str:
         )
     texts = record["texts"]
     return "\n".join([*lines, "", f"{texts['count']} texts ({texts['name']}). {_source(record)}"])
+
+
+def open_sets_table(record: dict[str, Any]) -> str:
+    """One row per set: mean, 5th percentile and least cosine of each plan."""
+    plans = sorted({plan for one in record["sets"].values() for plan in one["plans"]})
+    lines = [
+        f"| | texts | tokens | {' | '.join(f'`{plan}` | p5 | min' for plan in plans)} |",
+        "| --- | ---: | ---: |" + " ---: |" * (3 * len(plans)),
+    ]
+    for name, one in sorted(record["sets"].items()):
+        cells = [
+            f"{one['plans'][plan][key]:.4f}" for plan in plans for key in ("mean", "p5", "min")
+        ]
+        lines.append(f"| {name} | {one['texts']} | {one['tokens']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Mean, 5th percentile and least cosine. {_source(record)}"])
 
 
 def peers_table(record: dict[str, Any]) -> str:
@@ -150,6 +165,7 @@ def _source(record: dict[str, Any]) -> str:
 TABLES = {
     "demo": plans_table,
     "quantizers": quantizers_table,
+    "open-sets": open_sets_table,
     "peers-cpu": peers_table,
     "peers-cpu-vnni": peers_table,
     "seven-billion": seven_billion_table,

@@ -7,8 +7,8 @@ error counts is what the pooled vectors see of it (``sensitivities.py``).
 
 Memory holds the second moments of one stage and its weights; hidden states lie in scratch files.
 Products come from one library whatever is fastest here: the same inputs, threads and kind of
-processor give the same bytes. Layers that a killed export has finished
-are gone through as they were stored.
+processor give the same bytes. Layers that a killed export has finished are gone through as they
+were stored.
 """
 
 from __future__ import annotations

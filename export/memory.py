@@ -65,7 +65,8 @@ def peak_bytes(config: ModelConfig, source_dtype: str, *, is_calibrated: bool) -
     if not is_calibrated:
         return _LIBRARIES_BYTES + alone
     layer = read * sum(rows * columns for rows, columns in shapes.values())
-    return _LIBRARIES_BYTES + max(alone, layer + _calibration_bytes(config))
+    steered = max(_stage_bytes(config), sensitivities.peak_bytes(config))
+    return _LIBRARIES_BYTES + max(alone, layer + steered)
 
 
 def card_bytes(config: ModelConfig) -> int:
@@ -128,10 +129,6 @@ def within_card(device: str) -> Iterator[None]:
             "the card's memory is used up, by this export and other programs: --device cpu "
             "calibrates without it"
         ) from error
-
-
-def _calibration_bytes(config: ModelConfig) -> int:
-    return max(_stage_bytes(config), sensitivities.peak_bytes(config))
 
 
 def _stage_bytes(config: ModelConfig) -> int:

@@ -4,7 +4,8 @@ An error in what a stage gives a token reaches the vector in part, and the parts
 magnitude: what nobody looks at again could be anything. The derivative says which part: the texts
 go through the full-precision model once, and the derivative of their vectors goes the way back. Not
 all of it: for one direction of random signs a text, whose mean square is that of all directions
-(Hutchinson's estimator). The signs come from a fixed stream: the same inputs give the same bytes.
+(Hutchinson's estimator). The signs come from a fixed stream: on a CPU the same inputs give the same
+bytes. Attention's derivative on a card is summed in no fixed order.
 
 The way back needs each layer's inputs again. They lie in scratch files, of as many texts at a time
 as find room there; the weights are read twice for each such part.
