@@ -55,8 +55,11 @@ def some(texts: list[str]) -> list[str]:
 
 
 def cut(text: str) -> str:
-    """The beginning of a long text, whole words."""
-    return text if len(text) <= LONGEST_CHARACTERS else text[:LONGEST_CHARACTERS].rpartition(" ")[0]
+    """The beginning of a long text, whole words if it has any."""
+    if len(text) <= LONGEST_CHARACTERS:
+        return text
+    beginning = text[:LONGEST_CHARACTERS]
+    return beginning.rpartition(" ")[0].strip() or beginning
 
 
 def report(bundle: Path, folder: Path, directory: Path) -> dict[str, Any]:

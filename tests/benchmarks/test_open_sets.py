@@ -54,3 +54,4 @@ def test_a_long_text_is_cut_at_a_blank(script: ModuleType) -> None:
     assert script.LONGEST_CHARACTERS - 5 <= len(cut) <= script.LONGEST_CHARACTERS
     assert cut.endswith("word")
     assert script.cut("short") == "short"
+    assert script.cut("o" * 2000) == "o" * script.LONGEST_CHARACTERS
