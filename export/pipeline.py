@@ -42,6 +42,7 @@ from lowmem.artifact.variants import (
     recipe_for,
 )
 from lowmem.artifact.weights import EMBEDDING, Checkpoint
+from lowmem.compute.heap import give_back_freed_memory
 from lowmem.compute.operations.products import check_float32
 from lowmem.data import Row
 from lowmem.disk import nearest_directory
@@ -277,6 +278,7 @@ def _calibration(
         return None
     packed = Texts(texts(), config, contract, directory, device)
     sensitive = sensitivities.token_sensitivities(source, packed, dtype, progress)
+    give_back_freed_memory()
     return Calibration(packed, sensitive, read_tensor(source, EMBEDDING, dtype), calibrated)
 
 
