@@ -13,7 +13,7 @@ as find room there; the weights are read twice for each such part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,37 +93,56 @@ def token_sensitivities(
     Raises:
         CapacityError: The disk is full.
     """
-    config, device = source.config, texts.device
+    config = source.config
     result = torch.empty(config.num_hidden_layers, len(STAGES), texts.tokens)
     parts = list(_parts(texts))
-    norm = to_torch(read_tensor(source, FINAL_NORM, dtype), device).float()
     signs = np.random.RandomState(_SEED)  # this stream is frozen
     steps = 2 * config.num_hidden_layers
     for done, part in enumerate(parts):
-        begin = part.rows[0].start
-        tokens = part.rows[-1].stop - begin
-        inputs = [texts.scratch(config.hidden_size, tokens) for _ in range(steps // 2)]
-        states = texts.scratch(config.hidden_size, tokens)
-        embedded = part.looked_up(read_tensor(source, EMBEDDING, dtype))
-        for (rows, _), looked_up in zip(_rows(part, begin), embedded, strict=True):
-            states[rows] = looked_up
-        for index in range(config.num_hidden_layers):
-            progress(_STEP, done * steps + index, len(parts) * steps)
-            layer = _Layer.read(source, index, dtype, device)
-            inputs[index].copy_(states)
-            for rows, batch in _rows(part, begin):
-                states[rows] = _advanced(layer, states[rows].to(device), batch, config).cpu()
-        for rows, batch in _rows(part, begin):
-            states[rows] = _of_vectors(states[rows].to(device), norm, batch, config, signs).cpu()
-        for index in reversed(range(config.num_hidden_layers)):
-            progress(_STEP, (done + 1) * steps - 1 - index, len(parts) * steps)
-            layer = _Layer.read(source, index, dtype, device)
-            for rows, batch in _rows(part, begin):
-                before, behind = inputs[index][rows].to(device), states[rows].to(device)
-                slope, squares = _slopes(layer, before, behind, batch, config)
-                states[rows] = slope.cpu()
-                result[index, :, batch.rows] = squares.cpu()
+
+        def told(step: int, done: int = done) -> None:
+            progress(_STEP, done * steps + step, len(parts) * steps)
+
+        _measure(source, part, dtype, signs, result, told)
     return result
+
+
+def _measure(
+    source: Source,
+    part: Texts,
+    dtype: str,
+    signs: np.random.RandomState,
+    result: Tensor,
+    told: Callable[[int], None],
+) -> None:
+    """Fills in the result of some batches, whose scratch goes when they are done."""
+    config, device, layers = source.config, part.device, source.config.num_hidden_layers
+    begin = part.rows[0].start
+    tokens = part.rows[-1].stop - begin
+    inputs = [part.scratch(config.hidden_size, tokens) for _ in range(layers)]
+    states = part.scratch(config.hidden_size, tokens)
+    embedded = part.looked_up(read_tensor(source, EMBEDDING, dtype))
+    for (rows, _), looked_up in zip(_rows(part, begin), embedded, strict=True):
+        states[rows] = looked_up
+    for index in range(layers):
+        told(index)
+        inputs[index].copy_(states)
+        layer = _Layer.read(source, index, dtype, device)
+        for rows, batch in _rows(part, begin):
+            states[rows] = _advanced(layer, states[rows].to(device), batch, config).cpu()
+        del layer  # before the next one is read
+    norm = to_torch(read_tensor(source, FINAL_NORM, dtype), device).float()
+    for rows, batch in _rows(part, begin):
+        states[rows] = _of_vectors(states[rows].to(device), norm, batch, config, signs).cpu()
+    for index in reversed(range(layers)):
+        told(2 * layers - 1 - index)
+        layer = _Layer.read(source, index, dtype, device)
+        for rows, batch in _rows(part, begin):
+            before, behind = inputs[index][rows].to(device), states[rows].to(device)
+            slope, squares = _slopes(layer, before, behind, batch, config)
+            states[rows] = slope.cpu()
+            result[index, :, batch.rows] = squares.cpu()
+        del layer
 
 
 class _Layer(NamedTuple):
