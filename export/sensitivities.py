@@ -5,7 +5,8 @@ magnitude: what nobody looks at again could be anything. The derivative says whi
 go through the full-precision model once, and the derivative of their vectors goes the way back. Not
 all of it: for one direction of random signs a text, whose mean square is that of all directions
 (Hutchinson's estimator). The signs come from a fixed stream: on a CPU the same inputs give the same
-bytes. Attention's derivative on a card is summed in no fixed order.
+bytes. Attention's derivative on a card is summed in no fixed order. A CPU that multiplies bfloat16
+does so here: what a token counts may be a few per cent off, unlike what is fitted with it.
 
 The way back needs each layer's inputs again. They lie in scratch files, of as many texts at a time
 as find room there; the weights are read twice for each such part.
@@ -44,6 +45,7 @@ from lowmem.compute.decoder import Rotation
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.products import reproducible_product
 from lowmem.compute.pooling import mean_pool
+from lowmem.hardware import probe
 from lowmem.progress import Progress
 
 _STEP = "measuring what each token does to pooled vectors"
@@ -117,6 +119,7 @@ def _measure(
 ) -> None:
     """Fills in the result of some batches, whose scratch goes when they are done."""
     config, device, layers = source.config, part.device, source.config.num_hidden_layers
+    factors = _factors(device)
     begin = part.rows[0].start
     tokens = part.rows[-1].stop - begin
     inputs = [part.scratch(config.hidden_size, tokens) for _ in range(layers)]
@@ -127,7 +130,7 @@ def _measure(
     for index in range(layers):
         told(index)
         inputs[index].copy_(states)
-        layer = _Layer.read(source, index, dtype, device)
+        layer = _Layer.read(source, index, dtype, device, factors)
         for rows, batch in _rows(part, begin):
             states[rows] = _advanced(layer, states[rows].to(device), batch, config).cpu()
         del layer  # before the next one is read
@@ -136,7 +139,7 @@ def _measure(
         states[rows] = _of_vectors(states[rows].to(device), norm, batch, config, signs).cpu()
     for index in reversed(range(layers)):
         told(2 * layers - 1 - index)
-        layer = _Layer.read(source, index, dtype, device)
+        layer = _Layer.read(source, index, dtype, device, factors)
         for rows, batch in _rows(part, begin):
             before, behind = inputs[index][rows].to(device), states[rows].to(device)
             slope, squares = _slopes(layer, before, behind, batch, config)
@@ -146,15 +149,23 @@ def _measure(
 
 
 class _Layer(NamedTuple):
-    """A layer's weights, float32, on the device that computes."""
+    """A layer on the device that computes: norms in float32, weights in the dtype of products."""
 
     norms: Mapping[str, Tensor]
     weights: Mapping[Stage, Tensor]
 
     @classmethod
-    def read(cls, source: Source, index: int, dtype: str, device: str) -> _Layer:
+    def read(
+        cls, source: Source, index: int, dtype: str, device: str, factors: torch.dtype
+    ) -> _Layer:
         full = FullLayer(read_layer(source, index, dtype), device)
-        return cls(full.norms, {stage: full.weights(stage) for stage in STAGES})
+        return cls(full.norms, {stage: full.weights(stage).to(factors) for stage in STAGES})
+
+
+def _factors(device: str) -> torch.dtype:
+    """What is multiplied; sums are float32."""
+    native = device == "cpu" and probe().has_native_bf16
+    return torch.bfloat16 if native else torch.float32
 
 
 def _parts(texts: Texts) -> Iterator[Texts]:
@@ -280,14 +291,21 @@ def _of_vectors(
 
 
 class _Product(torch.autograd.Function):
-    """``reproducible_product`` with a derivative by the states alone."""
+    """A product of float32 states, with a derivative by them alone."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return reproducible_product(states, weight)
+        return _multiplied(states, weight)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return reproducible_product(slope, weight.T), None
+        return _multiplied(slope, weight.T), None
+
+
+def _multiplied(states: Tensor, weight: Tensor) -> Tensor:
+    """states @ weightᵀ, float32, of factors in the weight's dtype."""
+    if weight.dtype == torch.float32:
+        return reproducible_product(states, weight)
+    return F.linear(states.to(weight.dtype), weight).float()

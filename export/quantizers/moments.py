@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from export.hidden_states import Inputs
+from lowmem.compute.operations.products import reproducible_product, rows_computed
 
 # Of a symmetric sum of products, only blocks on and above the diagonal are computed.
 _BLOCKS = 4
@@ -48,12 +50,19 @@ def second_moments(
             seen = states.new_zeros(states.shape[1], states.shape[1])
             crossed = states.new_zeros(targets.shape[1], states.shape[1])
         root = weight.sqrt()
-        states, targets = states * root, targets * root
+        columns = _columns(states, root)
         step = -(-states.shape[1] // _BLOCKS)
         for begin in range(0, states.shape[1], step):
             rows = slice(begin, begin + step)  # what lies left of the diagonal is mirrored below
-            seen[rows, begin:].addmm_(states[:, rows].T, states[:, begin:])
-        crossed.addmm_(targets.T, states)
+            seen[rows, begin:] += reproducible_product(columns[rows], columns[begin:])
+        crossed += reproducible_product(_columns(targets, root), columns)
     assert seen is not None, "no texts"
     assert crossed is not None
     return seen.triu_().add_(seen.triu(1).T), crossed
+
+
+def _columns(states: Tensor, root: Tensor) -> Tensor:
+    """Weighted states, ``[features, tokens]``, up to one of few numbers of tokens."""
+    result = states.new_zeros(states.shape[1], rows_computed(len(states)))
+    torch.mul(states.T, root.T, out=result[:, : len(states)])
+    return result

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from export import sensitivities
 from export.memory import CUDA_BYTES, card_bytes
 from export.sources import open_source
 from lowmem import data
@@ -33,6 +34,7 @@ def test_a_device_gives_the_bytes_of_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(products, "_has_onednn", lambda: False)  # a library of the CPU alone
+    monkeypatch.setattr(sensitivities, "_factors", lambda device: torch.float32)  # so is bfloat16
     checkpoint = tiny_checkpoint(tmp_path / "tiny", dtype=dtype, layers=2)
     rows = data.load("calibration")[:20]
 

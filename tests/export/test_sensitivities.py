@@ -16,6 +16,7 @@ from export.sensitivities import scratch_bytes, token_sensitivities
 from export.sources import open_source
 from lowmem import data
 from lowmem.artifact.weights import Checkpoint
+from lowmem.hardware import Hardware
 from lowmem.text.batching import EncodedText
 from lowmem.text.tokenizer import Tokenizer
 from tests.models import CONTRACT, tiny_checkpoint
@@ -76,7 +77,12 @@ def by_transformers(checkpoint: Path, ids: Tensor, mask: Tensor, direction: Tens
     )
 
 
-@pytest.mark.usefixtures("small_batches")
+@pytest.fixture
+def full_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivities, "_factors", lambda device: torch.float32)
+
+
+@pytest.mark.usefixtures("small_batches", "full_factors")
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean"])
 def test_they_are_derivatives_of_the_unit_vectors(
     pooling: str, checkpoint: Path, tmp_path: Path
@@ -124,6 +130,34 @@ def test_texts_that_find_no_room_together_go_one_part_after_the_other(
     again, found = measured(checkpoint, tmp_path)
     assert torch.equal(found, expected)
     assert scratch_bytes(again.config, again.tokens) == 300_000
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_products_in_bfloat16_tell_nearly_as_much(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for factors in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(sensitivities, "_factors", lambda device, factors=factors: factors)
+        found[factors] = measured(checkpoint, tmp_path)[1].sqrt()
+    exact, rough = found.values()
+    assert not torch.equal(rough, exact)
+    assert bool(((rough == 0) == (exact == 0)).all())
+    off = rough[exact > 0] / exact[exact > 0] - 1
+    assert float(off.abs().max()) < 0.3
+    assert float(off.abs().median()) < 0.03
+    assert abs(float(off.mean())) < 0.01
+
+
+@pytest.mark.parametrize("features", [("avx2",), ("avx2", "avx512_bf16"), ("avx2", "amx_bf16")])
+def test_a_cpu_without_bfloat16_multiplies_float32(
+    features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Hardware("some CPU", 2, features, 2**34, 2**34)
+    monkeypatch.setattr(sensitivities, "probe", lambda: machine)
+    native = torch.bfloat16 if len(features) > 1 else torch.float32
+    assert sensitivities._factors("cpu") is native
+    assert sensitivities._factors("cuda") is torch.float32
 
 
 def test_they_do_not_mind_the_mode_that_export_is_called_in(
