@@ -9,9 +9,9 @@ texts, as many texts at a time as give no more tokens than the batch has itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ class Spans:
         last_tokens: Index of each text's last token, prefixes not counted, ``[texts]``.
         is_causal: Whether a token sees only itself and earlier ones.
         pooled_only: Whether queries are given for last tokens alone, ``[texts]`` of them.
+        layouts: The same in the form that a kernel wants, once it has been made; it is kept here
+            so that it stays for as long as anything computes these texts.
     """
 
     prefix_tokens: int
@@ -60,6 +62,7 @@ class Spans:
     last_tokens: Tensor
     is_causal: bool
     pooled_only: bool = False
+    layouts: dict[tuple[object, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(

@@ -60,14 +60,39 @@ class Ends:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A batch on the device, between layers; ``prefixes`` are the ids of each as bytes."""
+class Step:
+    """A batch on the device, but for its hidden states.
+
+    Attributes:
+        prefixes: The ids of each shared prefix, int64 as bytes.
+        rotation: Of each token.
+        spans: Where the texts lie.
+        lengths: Tokens of each text.
+        pooling_mask: Tokens that are pooled, bool ``[tokens]``.
+    """
 
     prefixes: list[bytes]
     rotation: Rotation
     spans: Spans
     lengths: list[int]
     pooling_mask: Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch, config: ModelConfig, contract: Contract, device: str) -> Step:
+        """Brings a batch to the device."""
+        lengths = np.diff(batch.cu_seqlens).tolist()
+        rest = iter(lengths)
+        sections = [
+            (len(section.prefix), list(islice(rest, section.texts))) for section in batch.sections
+        ]
+        positions = torch.from_numpy(batch.position_ids).to(device)
+        return cls(
+            [section.prefix.tobytes() for section in batch.sections if len(section.prefix)],
+            Rotation.at(positions, config.rope_theta, config.head_dim),
+            Spans.of(sections, contract.is_causal, device),
+            lengths,
+            torch.from_numpy(batch.pooling_mask).to(device),
+        )
 
 
 def load_layer(weights: LayerWeights, place: Callable[[RawTensor], Tensor]) -> DecoderLayer:
@@ -91,7 +116,8 @@ def load_layer(weights: LayerWeights, place: Callable[[RawTensor], Tensor]) -> D
 def run(
     ops: Operations,
     layers: Iterable[DecoderLayer],
-    batches: Sequence[PackedBatch],
+    steps: Sequence[Step],
+    hidden: deque[Tensor],
     ends: Ends,
     config: ModelConfig,
     contract: Contract,
@@ -105,7 +131,9 @@ def run(
     Args:
         ops: The arithmetic.
         layers: All layers, in order.
-        batches: The texts. Hidden states of all of them are held at once.
+        steps: The texts, batch by batch.
+        hidden: Embeddings of each batch's tokens, float32 ``[tokens, hidden]`` on the device. Each
+            is taken out when it is needed for the last time.
         ends: Embedding and final norm.
         config: The model's shape.
         contract: Attention and pooling.
@@ -120,11 +148,9 @@ def run(
     """
     device = str(ends.final_norm.device)
     prefixes = prefixes or PrefixCache(0)
-    known = {ids: prefixes.get(ids) for batch in batches for ids in _prefixes(batch)}
+    known = {ids: prefixes.get(ids) for step in steps for ids in step.prefixes}
     shared = {ids: _PrefixStep(ids, states, ends, config, device) for ids, states in known.items()}
     kept: dict[bytes, list[PrefixStates]] = {ids: [] for ids in prefixes.fitting(list(known))}
-    hidden = deque(_embed(batch.input_ids, ends.embedding).to(device) for batch in batches)
-    steps = [_step(batch, config, contract, device) for batch in batches]
     last_tokens_only = contract.pooling == "lasttoken" and on_layer is None
     for layer in layers:
         is_last = layer.index == config.num_hidden_layers - 1
@@ -181,7 +207,7 @@ class _PrefixStep:
             positions = torch.arange(len(tokens), device=device)
             self._rotation = Rotation.at(positions, config.rope_theta, config.head_dim)
             self._spans = Spans.of([(0, [len(tokens)])], True, device)
-            self._hidden = _embed(tokens, ends.embedding).to(device)
+            self._hidden = embed(tokens, ends.embedding).to(device)
 
     def go_through(self, ops: Operations, layer: DecoderLayer, *, is_exact: bool) -> PrefixStates:
         """What the layer leaves of it, which is computed unless it was known."""
@@ -193,26 +219,6 @@ class _PrefixStep:
         return states
 
 
-def _prefixes(batch: PackedBatch) -> list[bytes]:
-    return [section.prefix.tobytes() for section in batch.sections if len(section.prefix)]
-
-
-def _embed(ids: Ids, embedding: RawTensor) -> Tensor:
+def embed(ids: Ids, embedding: RawTensor) -> Tensor:
     """Looks up tokens, float32 ``[tokens, hidden]`` on the host."""
     return torch.from_numpy(RawTensor(embedding.dtype, embedding.array[ids]).float32())
-
-
-def _step(batch: PackedBatch, config: ModelConfig, contract: Contract, device: str) -> _Step:
-    lengths = np.diff(batch.cu_seqlens).tolist()
-    rest = iter(lengths)
-    sections = [
-        (len(section.prefix), list(islice(rest, section.texts))) for section in batch.sections
-    ]
-    positions = torch.from_numpy(batch.position_ids).to(device)
-    return _Step(
-        _prefixes(batch),
-        Rotation.at(positions, config.rope_theta, config.head_dim),
-        Spans.of(sections, contract.is_causal, device),
-        lengths,
-        torch.from_numpy(batch.pooling_mask).to(device),
-    )

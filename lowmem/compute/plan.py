@@ -26,6 +26,11 @@ PLAIN_DEVICE_CHUNK_TOKENS = 2048
 INT_MM_CHUNK_ROWS = 1024
 """Rows whose 32-bit sums torch's product of 8-bit matrices holds at a time."""
 
+RECORDED_TOKENS = 64
+"""Most tokens of a single text whose pass a CUDA device is given as one recorded launch."""
+MOST_RECORDED = 16
+"""Most passes that stay recorded."""
+
 
 def int8_chunk_rows(threads: int) -> int:
     """Most tokens of a chunk of 8-bit products on a CPU with so many threads.

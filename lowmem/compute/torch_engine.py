@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
@@ -18,15 +20,16 @@ from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.decoder import Operations
 from lowmem.compute.heap import keep_freed_memory
 from lowmem.compute.latent_attention import LatentAttention
-from lowmem.compute.layers import Ends, Observer, run
+from lowmem.compute.layers import Ends, Observer, Step, embed, run
 from lowmem.compute.operations import int8
 from lowmem.compute.operations.cuda import cuda_operations
 from lowmem.compute.operations.linear import to_torch
 from lowmem.compute.operations.plain import PlainOperations
 from lowmem.compute.operations.products import check_float32, keeps_code, rows_computed
 from lowmem.compute.out_of_memory import is_out_of_memory
-from lowmem.compute.plan import rounds_every_mlp
+from lowmem.compute.plan import RECORDED_TOKENS, rounds_every_mlp
 from lowmem.compute.prefixes import PrefixCache
+from lowmem.compute.recorded_passes import Compute, RecordedPasses, cuda_graphs
 from lowmem.compute.streaming import LayerStream
 from lowmem.errors import BackendError, CapacityError
 from lowmem.text.batching import PREFIX_TOKENS, PackedBatch
@@ -98,6 +101,7 @@ class TorchEngine:
             self._fills_batches = device == "cpu" and _fills_batches(self._ops, checkpoint)
             self._ends = _load_ends(checkpoint, device)
             self._layers = LayerStream(checkpoint, device, kept_layers, drops_cache=drops_cache)
+            self._recorded = _records(device, schedule, contract)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -178,25 +182,80 @@ class TorchEngine:
     def _run(
         self, batches: Sequence[PackedBatch], on_layer: Observer | None = None
     ) -> list[NDArray[np.float32]]:
+        if on_layer is None and self._recorded is not None and _is_recorded(batches):
+            return [self._run_recorded(batches[0], self._recorded)]
         given = batches
         if self._fills_batches and on_layer is None:
             batches = [batch.filled(rows_computed(batch.tokens)) for batch in batches]
-        with contextlib.closing(iter(self._layers)) as layers:
-            vectors = run(
-                self._ops,
-                layers,
-                batches,
-                self._ends,
-                self._config,
-                self._contract,
-                on_layer,
-                self._prefixes,
-                rounds_prefixes=self._rounds_prefixes,
-            )
+        steps = [self._step(batch) for batch in batches]
+        hidden = deque(
+            embed(batch.input_ids, self._ends.embedding).to(self._device) for batch in batches
+        )
+        vectors = self._compute(steps, hidden, self._prefixes, on_layer)
         return [
             vector[: batch.texts].cpu().numpy()
             for batch, vector in zip(given, vectors, strict=True)
         ]
+
+    def _run_recorded(self, batch: PackedBatch, recorded: RecordedPasses) -> NDArray[np.float32]:
+        hidden = embed(batch.input_ids, self._ends.embedding)
+        return recorded.run(_shape(batch), hidden, lambda: self._pass_over(batch)).cpu().numpy()
+
+    def _step(self, batch: PackedBatch) -> Step:
+        return Step.of(batch, self._config, self._contract, self._device)
+
+    def _compute(
+        self,
+        steps: Sequence[Step],
+        hidden: deque[Tensor],
+        prefixes: PrefixCache,
+        on_layer: Observer | None = None,
+    ) -> list[Tensor]:
+        with contextlib.closing(iter(self._layers)) as layers:
+            return run(
+                self._ops,
+                layers,
+                steps,
+                hidden,
+                self._ends,
+                self._config,
+                self._contract,
+                on_layer,
+                prefixes,
+                rounds_prefixes=self._rounds_prefixes,
+            )
+
+    def _pass_over(self, batch: PackedBatch) -> tuple[Compute, bool]:
+        """The pass over a batch, with all that it needs, and whether it only launches kernels.
+
+        It does where keys and values of the prefixes are known.
+        """
+        step = self._step(batch)
+        held = self._prefixes.held(step.prefixes)
+        prefixes = self._prefixes if held is None else held
+
+        def compute(hidden: Tensor) -> Tensor:
+            (vectors,) = self._compute([step], deque([hidden]), prefixes)
+            return vectors
+
+        return compute, held is not None
+
+
+def _records(device: str, schedule: str, contract: Contract) -> RecordedPasses | None:
+    """Recorded passes where they can be: means are taken of tokens that the host counts."""
+    if device != "cuda" or schedule != "resident" or contract.pooling != "lasttoken":
+        return None
+    return RecordedPasses(cuda_graphs(), device)
+
+
+def _is_recorded(batches: Sequence[PackedBatch]) -> bool:
+    return len(batches) == 1 and batches[0].texts == 1 and batches[0].tokens <= RECORDED_TOKENS
+
+
+def _shape(batch: PackedBatch) -> Hashable:
+    """All that the pass over a batch depends on, its ids left out."""
+    prefixes = [(section.prefix.tobytes(), section.texts) for section in batch.sections]
+    return batch.cu_seqlens.tobytes(), batch.position_ids.tobytes(), tuple(prefixes)
 
 
 def _fills_batches(ops: Operations, checkpoint: Checkpoint) -> bool:

@@ -13,7 +13,9 @@ from lowmem.artifact.formats import BnbInt8, Format, Int8Channel, Plain
 from lowmem.compute.plan import (
     DEVICE_CHUNK_TOKENS,
     INT_MM_CHUNK_ROWS,
+    MOST_RECORDED,
     PLAIN_DEVICE_CHUNK_TOKENS,
+    RECORDED_TOKENS,
     TRITON_CAPABILITY,
     Plan,
 )
@@ -22,6 +24,7 @@ from lowmem.hardware import Hardware
 # What is multiplied, where that is what is stored.
 _NATIVE = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp16-acc16": "F16"}
 _EIGHT_BIT = ("int8", "fp8")
+_RECORDING_BYTES = 2**20  # the launches themselves: not measured
 
 
 def has_triton(machine: Hardware) -> bool:
@@ -32,6 +35,16 @@ def has_triton(machine: Hardware) -> bool:
 def scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
     """Buffers that a matrix is dequantized into, and rounded into where products are 8-bit."""
     width = 4 if plan.compute == "fp32" else 2
+    return _largest_changed(plan, config, formats) * (width + _rounded_width(plan))
+
+
+def _rounded_width(plan: Plan) -> int:
+    """Bytes of a weight that is rounded on its way into a product."""
+    return 1 if plan.compute in _EIGHT_BIT else 0
+
+
+def _largest_changed(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> int:
+    """Weights of the largest matrix that is not multiplied as it is stored."""
     largest = 0
     for name, (rows, columns) in config.linears().items():
         for index in range(config.num_hidden_layers):
@@ -41,7 +54,23 @@ def scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]
             if isinstance(form, Int8Channel | BnbInt8) and plan.compute == "int8":
                 continue
             largest = max(largest, rows * columns)
-    return largest * (width + (1 if plan.compute in _EIGHT_BIT else 0))
+    return largest
+
+
+def recorded_bytes(
+    plan: Plan, config: ModelConfig, formats: Mapping[str, Format], has_triton: bool = True
+) -> int:
+    """What recorded passes hold, in memory of their own; those of a streamed plan are not recorded.
+
+    The scratch that matrices are dequantized into is that of all passes; what they are rounded into
+    is not.
+    """
+    if plan.schedule == "streamed":
+        return 0
+    short = plan.with_(batch_tokens=min(plan.batch_tokens, RECORDED_TOKENS))
+    rounded = _rounded_width(plan) * _largest_changed(plan, config, formats)
+    at_work = activation_bytes(short, config, formats, has_triton)
+    return rounded + at_work + MOST_RECORDED * _RECORDING_BYTES
 
 
 def activation_bytes(

@@ -95,6 +95,7 @@ def _torch(
     # torch rounds pinned memory up to powers of two.
     pinned = read * (1 << (layer - 1).bit_length()) if plan.schedule == "streamed" else 0
     host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + pinned
+    work += device_memory.recorded_bytes(plan, config, formats, has_triton)
     return host, CUDA_CONTEXT_BYTES + folded + kept + resident + streamed + work
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.variants import VARIANTS
+from lowmem.compute import torch_engine
 from lowmem.compute.attention import Spans, attend
 from lowmem.compute.engine import Runner
 from lowmem.compute.kernels import packed_attention
@@ -63,6 +64,29 @@ def test_vectors_are_near_those_of_the_cpu(tiny_bundle: Path, variant: str, comp
         distances = np.linalg.norm(model.embed(texts(), normalize=True) - expected, axis=1)
         worst = distances.max() if compute == "fp32" else np.median(distances)
         assert worst <= NEAR[compute]
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recorded_passes_give_what_the_passes_give(
+    tiny_bundle: Path, variant: str, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.get_device_capability() < CAPABILITIES.get(compute, (0, 0)):
+        pytest.skip(f"needs a card that multiplies {compute}")
+    recorded = runner(tiny_bundle, variant, "cuda", compute)
+    monkeypatch.setattr(torch_engine, "_records", lambda *_: None)
+    plain = runner(tiny_bundle, variant, "cuda", compute)
+    queries = [text for text in texts(200) if len(text.input_ids) < 12]
+    expected = [plain.embed([text], normalize=True) for text in queries]
+    for _ in range(3):
+        for text, vector in zip(queries, expected, strict=True):
+            found = recorded.embed([text], normalize=True)
+            assert np.linalg.norm(found - vector) <= NEAR["bf16"]
+            # What a recording reads must not be memory that another tensor has now.
+            torch.full((2**22,), torch.nan, device="cuda")
+            torch.cuda.empty_cache()
+    passes = recorded._engine._recorded._passes.values()
+    assert sum(one is not None for one in passes) > 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

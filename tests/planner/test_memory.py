@@ -88,8 +88,10 @@ def test_a_cpu_plan_needs_no_device_memory():
 def test_resident_on_a_device_holds_all_weights_and_streamed_two_layers():
     resident = predict("fp16", "cuda", "fp16")[1]
     streamed = predict("fp16", "cuda", "fp16", "streamed")[1]
-    layers = 2 * SEVEN_B.linear_weights
-    assert resident - streamed == pytest.approx(layers * 30 / 32)
+    layers = 2 * SEVEN_B.linear_weights * 30 / 32
+    plan = Plan("fp16", "torch", "cuda", "fp16", "resident")
+    recorded = device_memory.recorded_bytes(plan, SEVEN_B, formats_for("fp16", SEVEN_B, "F16"))
+    assert resident - streamed == pytest.approx(layers + recorded)
 
 
 def cuda(variant, compute, **changes):
@@ -118,6 +120,21 @@ def test_a_device_needs_scratch_only_where_weights_change_their_form():
         formats = formats_for(variant, SEVEN_B, "F16")
         plan = Plan(variant, "torch", "cuda", compute, **streamed)
         assert device_memory.scratch_bytes(plan, SEVEN_B, formats) == scratch
+
+
+def test_recorded_passes_hold_short_texts_and_what_a_matrix_is_rounded_into():
+    matrix = 14336 * 4096
+    for variant, compute, rounded in (
+        ("fp16", "fp16", 0),
+        ("int8", "int8", 0),
+        ("int4", "int8", 1),
+    ):
+        formats = formats_for(variant, SEVEN_B, "F16")
+        plan = Plan(variant, "torch", "cuda", compute, "resident")
+        more = device_memory.recorded_bytes(plan, SEVEN_B, formats) - rounded * matrix
+        assert 16 * 2**20 < more < 32 * 2**20
+        streamed = replace(plan, schedule="streamed")
+        assert device_memory.recorded_bytes(streamed, SEVEN_B, formats) == 0
 
 
 def test_a_device_holds_one_chunk_of_the_mlp_however_large_the_batch():

@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 # What two roundings of weights and values to 16 bits may do to a mixture, relative to the values.
 _TOLERANCE = {torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
-_LAYOUTS = 256  # batches of a window, twice each
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ def attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, spans: Spa
     """As :func:`lowmem.compute.attention.attend`, by a kernel."""
     device = str(query.device)
     if not spans.prefix_tokens:
-        layout = _layout(spans.runs, None, spans.pooled_only, device)
+        layout = _layout(spans, spans.runs, None, device)
         return kernel(query, key, value, layout, spans.is_causal).flatten(1)
     mixed = torch.empty_like(query)
     for parts in _calls(spans, len(key)):
         runs, queries, keys = zip(*parts, strict=True)
         asked = slice(queries[0].start, queries[-1].stop)
-        layout = _layout(runs, keys[0].start, spans.pooled_only, device)
+        layout = _layout(spans, runs, keys[0].start, device)
         gathered = key[layout.key_rows], value[layout.key_rows]
         mixed[asked] = kernel(query[asked], *gathered, layout, spans.is_causal)
     return mixed.flatten(1)
@@ -155,9 +154,25 @@ def _parameters(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-@lru_cache(_LAYOUTS)
-def _layout(runs: tuple[Run, ...], first_key: int | None, pooled_only: bool, device: str) -> Layout:
-    """Where texts of some runs lie; ``first_key`` is the first of their own, behind prefixes."""
+def _layout(spans: Spans, runs: tuple[Run, ...], first_key: int | None, device: str) -> Layout:
+    """Where texts of some runs lie, found once for all layers.
+
+    Args:
+        spans: Of all texts.
+        runs: Those of one call.
+        first_key: The first key of their own, behind prefixes, if there are any.
+        device: Where the batch is.
+    """
+    known = (runs, first_key, spans.pooled_only)
+    if known not in spans.layouts:
+        spans.layouts[known] = _laid_out(runs, first_key, spans.pooled_only, device)
+    layout: Layout = spans.layouts[known]
+    return layout
+
+
+def _laid_out(
+    runs: tuple[Run, ...], first_key: int | None, pooled_only: bool, device: str
+) -> Layout:
     each = [run for run in runs for _ in range(run.texts)]
     lengths = torch.tensor([run.length for run in each], device="cpu")
     queries = torch.ones_like(lengths) if pooled_only else lengths
