@@ -202,6 +202,25 @@ def test_without_recordings_passes_run_each_time(
     assert words in caplog.text
 
 
+def test_after_one_wrong_recording_none_is_used(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    plain = engine(tiny_bundle, monkeypatch, None)
+    model = engine(
+        tiny_bundle,
+        monkeypatch,
+        lambda run: (repeats_itself if recorder.recorded else recorder)(run),
+    )
+    for tokens in (9, 10):
+        for seed in range(2):
+            embed(model, query(tokens, seed))
+    replayed = recorder.replayed
+    for tokens in (9, 10):
+        assert np.array_equal(embed(model, query(tokens, 5)), embed(plain, query(tokens, 5)))
+    assert (recorder.recorded, recorder.replayed) == (1, replayed)
+
+
 def test_a_pass_that_the_host_takes_part_in_cannot_be_recorded() -> None:
     recorder = Recorder()
     there = torch.ones(3, 4).to(DEVICE)
