@@ -66,7 +66,7 @@ class Bench:
         plan = Plan(variant, "torch", self.device, compute, schedule, self.machine.cpu_threads)
         plan = plan.with_(**changes)
         formats = dict.fromkeys(module_shapes(self.config), FORMATS[variant])
-        host, device = memory.predict(plan, self.config, formats)
+        host, device = memory.predict(plan, self.config, formats, self.machine)
         return plan.with_(host_bytes=host, device_bytes=device)
 
     def engine(

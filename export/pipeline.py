@@ -28,7 +28,6 @@ from export.sources import Source
 from export.variant_files import check_linked, finish, link_shards, write_small_files
 from export.workspace import Workspace
 from lowmem import data
-from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle, Manifest
 from lowmem.artifact.sentence_transformers_files import lacks_query_prompt
@@ -192,11 +191,17 @@ def export(
                 write_small_files(workspace.partial / job.name, job.formats, config, dtype, stock)
                 if job.layout is None:
                     link_shards(source, job, workspace, finished, copy)
-            scratch = workspace.partial
             with within_card(device):
-                steered = _calibration(
-                    source, config, contract, dtype, jobs, texts, scratch, device, progress
-                )
+                steered = None
+                if any(job.is_calibrated for job in jobs):
+                    place = workspace.partial
+                    steered = _calibration(
+                        source,
+                        Texts(texts(), config, contract, place, device),
+                        dtype,
+                        jobs,
+                        progress,
+                    )
                 hashes = write_groups(
                     source, identity, dtype, jobs, workspace, finished, progress, steered
                 )
@@ -258,28 +263,17 @@ def _check_existing(
 
 
 def _calibration(
-    source: Source,
-    config: ModelConfig,
-    contract: Contract,
-    dtype: str,
-    jobs: Sequence[Job],
-    texts: Callable[[], Sequence[EncodedText]],
-    directory: Path,
-    device: str,
-    progress: Progress,
-) -> Calibration | None:
-    """The calibration texts in front of the first layer, if a job needs them."""
+    source: Source, texts: Texts, dtype: str, jobs: Sequence[Job], progress: Progress
+) -> Calibration:
+    """The calibration texts in front of the first layer."""
     calibrated = {
         job.name: _ENOUGH_TOKENS.get(next(iter(job.formats.values())).name)
         for job in jobs
         if job.is_calibrated
     }
-    if not calibrated:
-        return None
-    packed = Texts(texts(), config, contract, directory, device)
-    sensitive = sensitivities.token_sensitivities(source, packed, dtype, progress)
+    sensitive = sensitivities.token_sensitivities(source, texts, dtype, progress)
     give_back_freed_memory()
-    return Calibration(packed, sensitive, read_tensor(source, EMBEDDING, dtype), calibrated)
+    return Calibration(texts, sensitive, read_tensor(source, EMBEDDING, dtype), calibrated)
 
 
 def _tokenized(

@@ -242,8 +242,9 @@ def _check_reference_memory(config: ModelConfig, most_bytes: int) -> None:
     from lowmem.fidelity import reference
     from lowmem.planner import memory
 
-    plan = reference.plan(hardware.probe().cpu_threads)
-    needed, _ = memory.predict(plan, config, formats_for("fp16", config, "F16"))
+    machine = hardware.probe()
+    plan = reference.plan(machine.cpu_threads)
+    needed, _ = memory.predict(plan, config, formats_for("fp16", config, "F16"), machine)
     if needed > most_bytes:
         raise CapacityError(
             f"reference vectors may need {size_text(needed)} of memory, {size_text(most_bytes)} "

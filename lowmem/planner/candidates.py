@@ -26,7 +26,6 @@ from lowmem.compute.plan import (
 from lowmem.errors import BackendError, InputError
 from lowmem.hardware import Hardware
 from lowmem.planner import memory
-from lowmem.planner.device_memory import has_triton
 
 AUTO = "auto"
 BATCH_TOKENS = 4096
@@ -214,14 +213,8 @@ def _within_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
 
 def with_memory(plan: Plan, subject: Subject, hardware: Hardware) -> Plan:
     """A plan with the memory that is predicted for it on a machine."""
-    host, device = memory.predict(
-        plan,
-        subject.config,
-        subject.formats[plan.variant],
-        has_triton=has_triton(hardware),
-        has_vnni=hardware.has_vnni,
-        has_amx=hardware.has_amx,
-    )
+    formats = subject.formats[plan.variant]
+    host, device = memory.predict(plan, subject.config, formats, hardware)
     return plan.with_(host_bytes=host, device_bytes=device)
 
 

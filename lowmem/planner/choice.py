@@ -127,7 +127,7 @@ def choose(
     reason, warning = _explain(chosen, kind, len(tier), floor)
     if chosen is not fastest:
         why = "is faster by less than timings differ, and less faithful"
-        if chosen.speed < (1 - _TIMING_ERROR) * fastest.speed:
+        if chosen.speed < _least_alike(tier):
             why = f"would compute again the {repeated:.0%} that are repeated instructions"
         elif shortest_prefix(fastest, bundle.contract) is None:
             why = "is faster by less than timings differ, and keeps no instruction"
@@ -278,7 +278,7 @@ def _best_of(
     queries are to be compared with documents, which repeat nothing.
     """
     savers = [plan for plan in tier if shortest_prefix(plan, contract) is not None]
-    least = (1 - _TIMING_ERROR) * max(plan.speed for plan in tier)
+    least = _least_alike(tier)
     alike = [plan for plan in tier if plan.speed >= least]
 
     def merit(plan: Plan) -> tuple[bool, float, float]:
@@ -290,6 +290,11 @@ def _best_of(
     of_variant = [plan for plan in savers if plan.variant == chosen.variant]
     saver = max(of_variant, key=lambda plan: plan.speed, default=chosen)
     return saver if saver.speed >= (1 - repeated) * least else chosen
+
+
+def _least_alike(tier: Sequence[Plan]) -> float:
+    """Tokens a second from which timing can hardly tell a plan from the fastest."""
+    return (1 - _TIMING_ERROR) * max(plan.speed for plan in tier)
 
 
 def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, str | None]:

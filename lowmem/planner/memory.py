@@ -13,6 +13,7 @@ from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain, linear_bytes
 from lowmem.artifact.weights import module_shapes
 from lowmem.compute.plan import CHUNK_BYTES, Plan, int8_chunk_rows, rounds_every_mlp
+from lowmem.hardware import Hardware
 from lowmem.planner import device_memory
 from lowmem.text.batching import PREFIX_TOKENS
 
@@ -41,10 +42,7 @@ def predict(
     plan: Plan,
     config: ModelConfig,
     formats: Mapping[str, Format],
-    *,
-    has_triton: bool = True,
-    has_vnni: bool = False,
-    has_amx: bool = False,
+    machine: Hardware,
 ) -> tuple[int, int]:
     """Peak memory of a plan.
 
@@ -52,9 +50,7 @@ def predict(
         plan: Engine, device, compute, schedule and token budget; its memory fields are not read.
         config: The model's shape.
         formats: Format of every linear.
-        has_triton: Whether the card has; without it plain kernels hold float32 copies.
-        has_vnni: Whether the processor has; without it plain operations round to 8 bits.
-        has_amx: Whether the processor has; with it oneDNN reorders 16-bit matrices.
+        machine: Where it runs; how much memory there is does not count.
 
     Returns:
         Bytes on the host and on the device, the latter 0 for a CPU plan.
@@ -62,7 +58,7 @@ def predict(
     if plan.engine == "onnxruntime":
         host, device = _onnx(plan, config, formats)
     else:
-        host, device = _torch(plan, config, formats, has_triton, has_vnni, has_amx)
+        host, device = _torch(plan, config, formats, machine)
     return host + _VOCABULARY_BYTES * config.vocab_size, device
 
 
@@ -70,26 +66,25 @@ def _torch(
     plan: Plan,
     config: ModelConfig,
     formats: Mapping[str, Format],
-    has_triton: bool,
-    has_vnni: bool,
-    has_amx: bool,
+    machine: Hardware,
 ) -> tuple[int, int]:
     """Torch maps weights on a CPU and copies them to a card; beside them lies what is at work."""
     weights = stored_bytes(config, formats)
     layer = largest_layer_bytes(config, formats)
+    has_triton = device_memory.has_triton(machine)
     if plan.device == "cuda":
         scratch = device_memory.scratch_bytes(plan, config, formats)
         activations = device_memory.activation_bytes(plan, config, formats, has_triton)
     else:
         scratch = _scratch_bytes(plan, config, formats)
-        activations = _activation_bytes(plan, config, formats, has_vnni)
+        activations = _activation_bytes(plan, config, formats, machine)
     activations = max(activations, _pooling_bytes(plan, config))
     work = scratch + activations + _hidden_bytes(plan, config) + _prefix_bytes(plan, config)
     folded, kept = _latent_bytes(config)
     read = min(2, config.num_hidden_layers - plan.kept_layers)
     streamed = read * layer if plan.schedule == "streamed" else 0
     if plan.device == "cpu":
-        compiled = _compiled_bytes(plan, config, has_amx)
+        compiled = _compiled_bytes(plan, config, machine)
         return TORCH_BASE_BYTES + folded + streamed + work + compiled, 0
     resident = weights if plan.schedule == "resident" else plan.kept_layers * layer
     # torch rounds pinned memory up to powers of two.
@@ -151,12 +146,12 @@ def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format
     return config.largest_linear * PRODUCT_BYTES[plan.compute]
 
 
-def _compiled_bytes(plan: Plan, config: ModelConfig, has_amx: bool) -> int:
+def _compiled_bytes(plan: Plan, config: ModelConfig, machine: Hardware) -> int:
     """What oneDNN holds of its own for 16-bit products on a CPU."""
     width = PRODUCT_BYTES[plan.compute]
     if width != 2:
         return 0
-    if not has_amx:
+    if not machine.has_amx:
         return _COMPILED_BYTES
     return _COMPILED_AMX_BYTES + min(width * config.largest_linear, _REORDERED_BYTES)
 
@@ -178,14 +173,14 @@ def _prefix_bytes(plan: Plan, config: ModelConfig) -> int:
 
 
 def _activation_bytes(
-    plan: Plan, config: ModelConfig, formats: Mapping[str, Format], has_vnni: bool
+    plan: Plan, config: ModelConfig, formats: Mapping[str, Format], machine: Hardware
 ) -> int:
     """What the widest moment of a layer holds for one batch: attention's or the MLP's."""
     width = PRODUCT_BYTES[plan.compute]
     hidden, query, key = config.hidden_size, config.query_size, config.key_value_size
     # The residual stream; q, k and v; q and k rotated; the mixed heads, and before them SDPA's.
     attention = 4 * hidden + width * (4 * query + 3 * key)
-    if plan.compute == "int8" and has_vnni and rounds_every_mlp(formats):
+    if plan.compute == "int8" and machine.has_vnni and rounds_every_mlp(formats):
         # A chunk goes through all three linears: sums, the gate, what meets it, and codes of both.
         rows = min(plan.batch_tokens, int8_chunk_rows(plan.threads))
         chunk = min(CHUNK_BYTES, 4 * rows * config.intermediate_size)

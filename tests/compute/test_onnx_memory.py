@@ -11,6 +11,7 @@ from export.graph import write_graphs
 from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.plan import Plan
+from lowmem.hardware import probe
 from lowmem.planner.memory import ONNX_BASE_BYTES, predict, stored_bytes
 from tests.bidirectional import NVEMBED, put_own_config, tiny_nvembed
 from tests.models import CONTRACT, tiny_checkpoint
@@ -91,7 +92,7 @@ def test_a_session_with_latent_attention_holds_what_is_predicted(
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     opened = Checkpoint(variant)
     plan = Plan("", "onnxruntime", "cpu", "fp32", "resident", batch_tokens=32)
-    host, _ = predict(plan, opened.config, opened.formats)
+    host, _ = predict(plan, opened.config, opened.formats, probe())
     predicted = host - ONNX_BASE_BYTES
     measured = json.loads(shown.stdout)["bytes"]
     assert 0.7 * predicted < measured < predicted + _SMALL_BYTES

@@ -8,12 +8,17 @@ from lowmem.artifact.formats import Int8Channel
 from lowmem.artifact.latent_attention import LatentAttentionConfig
 from lowmem.artifact.variants import HIGH, formats_for
 from lowmem.compute.plan import Plan
+from lowmem.hardware import Hardware
 from lowmem.planner import device_memory, memory
 from lowmem.text.batching import PREFIX_TOKENS
 from tests.mistral import mistral_tokenizer
 from tests.shapes import SEVEN_B
 
 GIB = 2**30
+PLAIN, WITH_VNNI, WITH_AMX = (
+    Hardware("CPU", 2, features, 16 * GIB, 12 * GIB)
+    for features in (("avx2",), ("avx512_vnni",), ("amx_bf16",))
+)
 VOCABULARY = 800 * SEVEN_B.vocab_size
 
 MEASURE_TOKENIZER = """
@@ -29,7 +34,7 @@ print(held() - before)
 
 def predict(variant, device="cpu", compute="fp32", schedule="resident", engine="torch", **changes):
     plan = replace(Plan(variant, engine, device, compute, schedule), **changes)
-    return memory.predict(plan, SEVEN_B, formats_for(variant, SEVEN_B, "F16"))
+    return memory.predict(plan, SEVEN_B, formats_for(variant, SEVEN_B, "F16"), PLAIN)
 
 
 def test_mapped_weights_cost_a_cpu_plan_nothing():
@@ -47,8 +52,8 @@ def test_onnxruntime_holds_the_scores_of_attention_to_all_tokens():
     plan = Plan("int4", "onnxruntime", "cpu", "fp32", "resident")
     formats = formats_for("int4", SEVEN_B, "F16")
     bidirectional = replace(SEVEN_B, is_stock=False)
-    more = memory.predict(plan, bidirectional, formats)[0]
-    less = memory.predict(plan, SEVEN_B, formats)[0]
+    more = memory.predict(plan, bidirectional, formats, PLAIN)[0]
+    less = memory.predict(plan, SEVEN_B, formats, PLAIN)[0]
     scores = 4 * SEVEN_B.num_attention_heads * plan.batch_tokens**2
     assert scores / 2 < more - less < 1.2 * scores
 
@@ -57,8 +62,8 @@ def with_latents(plan, variant):
     latents = LatentAttentionConfig(512, 8, 4096)
     nv_embed = replace(SEVEN_B, is_stock=False, latent_attention=latents)
     formats = formats_for(variant, SEVEN_B, "F16")
-    more = memory.predict(plan, nv_embed, formats)
-    less = memory.predict(plan, replace(SEVEN_B, is_stock=False), formats)
+    more = memory.predict(plan, nv_embed, formats, PLAIN)
+    less = memory.predict(plan, replace(SEVEN_B, is_stock=False), formats, PLAIN)
     return more[0] - less[0], more[1] - less[1]
 
 
@@ -174,7 +179,7 @@ def test_amx_reorders_16_bit_matrices_and_holds_no_second_large_one():
     plan = Plan("int4", "torch", "cpu", "bf16", "resident")
     formats = formats_for("int4", SEVEN_B, "F16")
     plain, tiled = (
-        memory.predict(plan, SEVEN_B, formats, has_amx=has_amx)[0] for has_amx in (False, True)
+        memory.predict(plan, SEVEN_B, formats, machine)[0] for machine in (PLAIN, WITH_AMX)
     )
     assert plain < tiled < plain + 2 * 14336 * 4096
 
@@ -182,13 +187,13 @@ def test_amx_reorders_16_bit_matrices_and_holds_no_second_large_one():
 def test_float32_products_are_the_same_with_amx():
     plan = Plan("int4", "torch", "cpu", "fp32", "resident")
     formats = formats_for("int4", SEVEN_B, "F16")
-    with_amx = memory.predict(plan, SEVEN_B, formats, has_amx=True)
-    assert with_amx == memory.predict(plan, SEVEN_B, formats)
+    with_amx = memory.predict(plan, SEVEN_B, formats, WITH_AMX)
+    assert with_amx == memory.predict(plan, SEVEN_B, formats, PLAIN)
 
 
 def with_vnni(variant, formats):
     plan = Plan(variant, "torch", "cpu", "int8", "resident")
-    return memory.predict(plan, SEVEN_B, formats, has_vnni=True)[0]
+    return memory.predict(plan, SEVEN_B, formats, WITH_VNNI)[0]
 
 
 def test_8_bit_products_hold_nothing_as_wide_as_the_mlp_for_every_token():
@@ -204,7 +209,7 @@ def test_two_buffers_hold_the_largest_layer_of_a_mixture():
     formats = formats_for("int4", SEVEN_B, "F16")
     mixed = formats | {name: HIGH for name in formats if name.startswith("layers.3.")}
     plan = Plan("int4", "torch", "cpu", "fp32", "streamed")
-    needs = [memory.predict(plan, SEVEN_B, one)[0] for one in (formats, mixed)]
+    needs = [memory.predict(plan, SEVEN_B, one, PLAIN)[0] for one in (formats, mixed)]
     codes = SEVEN_B.linear_weights // SEVEN_B.num_hidden_layers
     assert needs[1] - needs[0] == 2 * codes * (8.25 - 4.5) / 8
 
@@ -212,7 +217,7 @@ def test_two_buffers_hold_the_largest_layer_of_a_mixture():
 def test_onnxruntime_holds_a_copy_of_one_matrix_of_8_bit_codes_while_it_opens():
     formats = formats_for("int8", SEVEN_B, "F16")
     plan = Plan("int8", "onnxruntime", "cpu", "int8", "resident", batch_tokens=64)
-    needed, _ = memory.predict(plan, SEVEN_B, formats)
+    needed, _ = memory.predict(plan, SEVEN_B, formats, PLAIN)
     packed = memory.packed_bytes(plan, SEVEN_B, formats)
     assert packed > SEVEN_B.linear_weights
     assert needed == memory.ONNX_BASE_BYTES + VOCABULARY + packed + 4096 * 14336

@@ -53,7 +53,7 @@ def test_a_faster_copy_needs_a_smaller_window_and_faster_arithmetic_a_larger_one
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_memory_bounds_the_window_and_the_reason_says_so(device):
     plan = PLAN.with_(device=device)
-    host, on_device = memory.predict(plan.with_(window_tokens=1000), SEVEN_B, FORMATS["fp16"])
+    host, on_device = memory.predict(plan.with_(window_tokens=1000), SEVEN_B, FORMATS["fp16"], HOST)
     hidden = 4 * 4096 * 1000
     free = (host if device == "cpu" else on_device) + 3 * hidden
     machine = replace(HOST, host_free_bytes=max(host, free))
