@@ -6,7 +6,8 @@ go through the full-precision model once, and the derivative of their vectors go
 all of it: for one direction of random signs a text, whose mean square is that of all directions
 (Hutchinson's estimator). The signs come from a fixed stream: on a CPU the same inputs give the same
 bytes. Attention's derivative on a card is summed in no fixed order. A CPU that multiplies bfloat16
-does so here: what a token counts may be a few per cent off, unlike what is fitted with it.
+does so here, and rounds products to it: what a token counts may be a few per cent off, unlike what
+is fitted with it.
 
 The way back needs each layer's inputs again. They lie in scratch files, of as many texts at a time
 as find room there; the weights are read twice for each such part.
@@ -43,7 +44,7 @@ from lowmem.artifact.weights import EMBEDDING, FINAL_NORM
 from lowmem.compute.attention import attend
 from lowmem.compute.decoder import Rotation
 from lowmem.compute.operations.linear import to_torch
-from lowmem.compute.operations.products import reproducible_product
+from lowmem.compute.operations.products import filled, reproducible_product
 from lowmem.compute.pooling import mean_pool
 from lowmem.hardware import probe
 from lowmem.progress import Progress
@@ -163,7 +164,7 @@ class _Layer(NamedTuple):
 
 
 def _factors(device: str) -> torch.dtype:
-    """What is multiplied; sums are float32."""
+    """What is multiplied, and what products are rounded to."""
     native = device == "cpu" and probe().has_native_bf16
     return torch.bfloat16 if native else torch.float32
 
@@ -306,6 +307,7 @@ class _Product(torch.autograd.Function):
 
 def _multiplied(states: Tensor, weight: Tensor) -> Tensor:
     """states @ weightᵀ, float32, of factors in the weight's dtype."""
+    rows = filled(states) if weight.device.type == "cpu" else states
     if weight.dtype == torch.float32:
-        return reproducible_product(states, weight)
-    return F.linear(states.to(weight.dtype), weight).float()
+        return reproducible_product(rows, weight)[: len(states)]
+    return F.linear(rows.to(weight.dtype), weight)[: len(states)].float()

@@ -1,8 +1,9 @@
 """CUDA graphs of the pretended device: launches are noted while a function runs, and made again.
 
 As with a real graph, nothing of Python or the host runs again, results land where they did the
-first time, and what the launches read besides is not kept alive: who replays must hold it. What a
-stream cannot do while it is recorded is an error here, too.
+first time, and what the launches read besides is not kept alive: who replays must hold it. Nothing
+is there before the first launch, and no more what another recording left, whose memory it shares.
+What a stream cannot do while it is recorded is an error here, too.
 """
 
 import weakref
@@ -32,15 +33,21 @@ class Recorder:
     def __init__(self) -> None:
         """Has recorded nothing yet."""
         self.recorded = self.replayed = 0
+        self._all: list[_Noting] = []
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Runs a function and notes its launches."""
         with _Noting() as launches:
             result = run()
+        launches.spoil()
+        self._all.append(launches)
         self.recorded += 1
 
         def launch() -> None:
             self.replayed += 1
+            for other in self._all:
+                if other is not launches:
+                    other.spoil()
             launches.make_again()
 
         return launch, result
@@ -53,6 +60,7 @@ class _Noting(TorchDispatchMode):
         super().__init__()
         self._launches: list[tuple[Any, Any, Any, list[Any]]] = []
         self._made: dict[int, Tensor] = {}
+        self._results: list[Tensor] = []  # but for views of what was there before
 
     def __torch_dispatch__(
         self,
@@ -70,7 +78,9 @@ class _Noting(TorchDispatchMode):
         is_there = bool(there) if wanted is None else wanted.type == DEVICE
         moves = wanted is not None and tensors and bool(there) != is_there
         copies = name == "copy" and 0 < len(there) < len(tensors)
-        picks = name == "index" and any(one.dtype == torch.bool for one in tensors[1:])
+        picks = name in ("index", "index_put") and any(
+            one.dtype == torch.bool for one in tensors[1:]
+        )
         if (there and name in _WAITS_FOR_RESULTS) or moves or copies or picks:
             raise RuntimeError(f"{name} is not permitted when the stream is capturing")
         result = operation(*args, **named)
@@ -80,6 +90,8 @@ class _Noting(TorchDispatchMode):
             noted = map_leaves(self._note, (args, named))
             self._launches.append((operation, *noted, own if self._writes(name) else []))
             self._made |= {id(one): one for one in own}
+            before = {_place(one) for one in there}
+            self._results += [one for one in own if _place(one) not in before]
         return result
 
     def make_again(self) -> None:
@@ -90,6 +102,12 @@ class _Noting(TorchDispatchMode):
             for old, new in zip(made, fresh, strict=bool(made)):
                 old.copy_(new)
 
+    def spoil(self) -> None:
+        """What was made is another's memory now."""
+        for result in self._results:
+            if result.is_floating_point():
+                result.fill_(torch.nan)
+
     def _note(self, value: object) -> object:
         """A tensor that was there before is not held."""
         outside = isinstance(value, Tensor) and id(value) not in self._made
@@ -98,6 +116,12 @@ class _Noting(TorchDispatchMode):
     @staticmethod
     def _writes(name: str) -> bool:
         return name not in _LEAVES_MEMORY_AS_IT_IS
+
+
+def _place(tensor: Any) -> int:
+    """Where a tensor's memory begins."""
+    place: int = tensor.inner.untyped_storage().data_ptr()
+    return place
 
 
 def _found(value: object) -> object:

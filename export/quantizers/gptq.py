@@ -48,7 +48,7 @@ def quantize_outputs(weight: Tensor, moments: Moments, grid: Grid) -> tuple[Tens
     importance = moments.inputs.diagonal().clone()
     missing = moments.targets.addmm_(weight, moments.inputs, alpha=-1)
     inverse = ridge_inverse(moments.inputs)
-    moved = least_squares(weight, missing, inverse)
+    moved = missing.copy_(least_squares(weight, missing, inverse))  # nothing else is missing now
     values, scales = round_weight(moved, importance, inverse, grid)
     if not bool(values.isfinite().all()):
         raise BundleError("what was quantized is not finite")

@@ -87,7 +87,7 @@ class Step:
         ]
         positions = torch.from_numpy(batch.position_ids).to(device)
         return cls(
-            [section.prefix.tobytes() for section in batch.sections if len(section.prefix)],
+            prefixes_of(batch),
             Rotation.at(positions, config.rope_theta, config.head_dim),
             Spans.of(sections, contract.is_causal, device),
             lengths,
@@ -217,6 +217,11 @@ class _PrefixStep:
             ops, layer, self._hidden, self._rotation, self._spans, is_exact=is_exact
         )
         return states
+
+
+def prefixes_of(batch: PackedBatch) -> list[bytes]:
+    """The ids of each shared prefix of a batch, int64 as bytes."""
+    return [section.prefix.tobytes() for section in batch.sections if len(section.prefix)]
 
 
 def embed(ids: Ids, embedding: RawTensor) -> Tensor:

@@ -38,19 +38,6 @@ class PrefixCache:
             self._known[ids] = states
         return states
 
-    def held(self, prefixes: Sequence[bytes]) -> PrefixCache | None:
-        """Some prefixes alone, which stay for as long as what is returned; None if one is missing.
-
-        Args:
-            prefixes: The token ids of each, int64 as bytes.
-        """
-        states = {ids: self._known[ids] for ids in prefixes if ids in self._known}
-        if len(states) < len(set(prefixes)):
-            return None
-        own = PrefixCache(self._most_tokens)
-        own._known = states
-        return own
-
     def fitting(self, prefixes: Sequence[bytes]) -> list[bytes]:
         """The first of some prefixes, as many as can be kept together.
 

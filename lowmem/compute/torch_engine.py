@@ -17,10 +17,10 @@ from torch import Tensor
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.weights import Checkpoint
-from lowmem.compute.decoder import Operations
+from lowmem.compute.decoder import Operations, PrefixStates
 from lowmem.compute.heap import keep_freed_memory
 from lowmem.compute.latent_attention import LatentAttention
-from lowmem.compute.layers import Ends, Observer, Step, embed, run
+from lowmem.compute.layers import Ends, Observer, Step, embed, prefixes_of, run
 from lowmem.compute.operations import int8
 from lowmem.compute.operations.cuda import cuda_operations
 from lowmem.compute.operations.linear import to_torch
@@ -29,7 +29,12 @@ from lowmem.compute.operations.products import check_float32, keeps_code, rows_c
 from lowmem.compute.out_of_memory import is_out_of_memory
 from lowmem.compute.plan import RECORDED_TOKENS, rounds_every_mlp
 from lowmem.compute.prefixes import PrefixCache
-from lowmem.compute.recorded_passes import Compute, RecordedPasses, cuda_graphs
+from lowmem.compute.recorded_passes import (
+    Compute,
+    RecordedPasses,
+    cuda_graphs,
+    recording_lock,
+)
 from lowmem.compute.streaming import LayerStream
 from lowmem.errors import BackendError, CapacityError
 from lowmem.text.batching import PREFIX_TOKENS, PackedBatch
@@ -168,8 +173,11 @@ class TorchEngine:
 
     def _ran_out(self, tokens: int) -> None:
         """Once may be another process's doing; from the second time on passes are smaller."""
+        if self._recorded is not None:
+            self._recorded.clear()
         if self._device == "cuda":
-            torch.cuda.empty_cache()
+            with recording_lock:
+                torch.cuda.empty_cache()
         self._times_out_of_memory += 1
         if self._times_out_of_memory > 1:
             self._most_tokens = max(1, tokens // 2)
@@ -191,13 +199,15 @@ class TorchEngine:
         hidden = deque(
             embed(batch.input_ids, self._ends.embedding).to(self._device) for batch in batches
         )
-        vectors = self._compute(steps, hidden, self._prefixes, on_layer)
+        vectors = self._compute(steps, hidden, on_layer)
         return [
             vector[: batch.texts].cpu().numpy()
             for batch, vector in zip(given, vectors, strict=True)
         ]
 
     def _run_recorded(self, batch: PackedBatch, recorded: RecordedPasses) -> NDArray[np.float32]:
+        for prefix in prefixes_of(batch):
+            self._prefixes.get(prefix)  # in use, even where nothing asks for it again
         hidden = embed(batch.input_ids, self._ends.embedding)
         return recorded.run(_shape(batch), hidden, lambda: self._pass_over(batch)).cpu().numpy()
 
@@ -208,7 +218,6 @@ class TorchEngine:
         self,
         steps: Sequence[Step],
         hidden: deque[Tensor],
-        prefixes: PrefixCache,
         on_layer: Observer | None = None,
     ) -> list[Tensor]:
         with contextlib.closing(iter(self._layers)) as layers:
@@ -221,24 +230,21 @@ class TorchEngine:
                 self._config,
                 self._contract,
                 on_layer,
-                prefixes,
+                self._prefixes,
                 rounds_prefixes=self._rounds_prefixes,
             )
 
-    def _pass_over(self, batch: PackedBatch) -> tuple[Compute, bool]:
-        """The pass over a batch, with all that it needs, and whether it only launches kernels.
-
-        It does where keys and values of the prefixes are known.
-        """
+    def _pass_over(self, batch: PackedBatch) -> tuple[Compute, Sequence[PrefixStates] | None]:
+        """The pass over a batch, and the states of its prefixes if all are known."""
         step = self._step(batch)
-        held = self._prefixes.held(step.prefixes)
-        prefixes = self._prefixes if held is None else held
+        known = [self._prefixes.get(prefix) for prefix in step.prefixes]
+        read = [states for layers in known if layers is not None for states in layers]
 
         def compute(hidden: Tensor) -> Tensor:
-            (vectors,) = self._compute([step], deque([hidden]), prefixes)
+            (vectors,) = self._compute([step], deque([hidden]))
             return vectors
 
-        return compute, held is not None
+        return compute, None if any(layers is None for layers in known) else read
 
 
 def _records(device: str, schedule: str, contract: Contract) -> RecordedPasses | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.weights import Checkpoint
-from lowmem.compute import torch_engine
+from lowmem.compute import recorded_passes, torch_engine
 from lowmem.compute.kernels.packed_attention import Kernel, Layout
 from lowmem.compute.plan import MOST_RECORDED, RECORDED_TOKENS
 from lowmem.compute.recorded_passes import Record, RecordedPasses
@@ -112,21 +112,36 @@ def test_only_single_short_texts_are_recorded(
     assert recorder.recorded == 0
 
 
-def test_what_a_recording_reads_stays_with_it(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kernel", [None, packed])
+def test_a_recording_ends_with_the_prefix_that_it_reads(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, kernel: Kernel | None
 ) -> None:
     recorder = Recorder()
-    plain = engine(tiny_bundle, monkeypatch, None)
-    model = engine(tiny_bundle, monkeypatch, recorder)
+    plain = engine(tiny_bundle, monkeypatch, None, kernel=kernel)
+    model = engine(tiny_bundle, monkeypatch, recorder, kernel=kernel)
     for seed in range(3):
         embed(model, query(9, seed))
-    for other in range(3):  # so that the prefix is not kept for others any more
+    assert recorder.recorded == 1
+    for other in range(2):  # so that the prefix is not kept for others any more
         longest = [1, *range(7 + other, 7 + other + PREFIX_TOKENS - 1)]
         embed(model, query(5, 0, longest))
     assert model._prefixes.get(np.array(PREFIX).tobytes()) is None
     replayed = recorder.replayed
-    assert np.array_equal(embed(model, query(9, 7)), embed(plain, query(9, 7)))
-    assert recorder.replayed == replayed + 1
+    for seed in range(3):
+        text = query(9, seed)
+        assert np.array_equal(embed(model, text), embed(plain, text))
+    assert recorder.recorded == 2
+    assert recorder.replayed == replayed + 2 + 1  # known again, recorded, replayed
+
+
+def test_a_prefix_in_use_is_kept(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    model = engine(tiny_bundle, monkeypatch, recorder)
+    for other in range(3):
+        for seed in range(3):
+            embed(model, query(9, seed))
+        embed(model, query(5, 0, [1, *range(7 + other, 7 + other + PREFIX_TOKENS - 4)]))
+    assert recorder.recorded == 1
 
 
 def test_a_prefix_that_is_not_kept_is_not_recorded(
@@ -142,20 +157,37 @@ def test_a_prefix_that_is_not_kept_is_not_recorded(
     assert recorder.recorded == 0
 
 
-def test_the_recordings_of_the_last_shapes_stay(
+def test_of_more_shapes_than_are_recorded_some_stay(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded_passes, "_LONG_UNUSED", 60)
+    recorder = Recorder()
+    model = engine(tiny_bundle, monkeypatch, recorder)
+    for seed in range(3):
+        for tokens in range(1, MOST_RECORDED + 3):
+            embed(model, query(tokens, seed))
+    assert recorder.recorded == MOST_RECORDED
+    assert recorder.replayed == 3 * MOST_RECORDED
+    for seed in range(60):
+        embed(model, query(1, seed))
+    for seed in range(3):
+        embed(model, query(MOST_RECORDED + 2, seed))
+    assert recorder.recorded == MOST_RECORDED + 1
+    assert model._recorded is not None
+    assert len(model._recorded._recorded) == MOST_RECORDED
+
+
+def test_what_runs_out_of_memory_lets_go_of_recordings(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder()
     model = engine(tiny_bundle, monkeypatch, recorder)
-    for tokens in range(1, MOST_RECORDED + 4):
-        for seed in range(2):
-            embed(model, query(tokens, seed))
-    assert recorder.recorded == MOST_RECORDED + 3
+    for seed in range(2):
+        embed(model, query(9, seed))
     assert model._recorded is not None
-    kept = [one for one in model._recorded._passes.values() if one is not None]
-    assert len(kept) == MOST_RECORDED
-    embed(model, query(MOST_RECORDED + 3, 5))
-    assert recorder.recorded == MOST_RECORDED + 3
+    assert len(model._recorded._recorded) == 1
+    model._ran_out(1000)
+    assert not model._recorded._recorded
 
 
 def fails(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -137,7 +137,7 @@ def test_recorded_passes_hold_short_texts_and_what_a_matrix_is_rounded_into():
         formats = formats_for(variant, SEVEN_B, "F16")
         plan = Plan(variant, "torch", "cuda", compute, "resident")
         more = device_memory.recorded_bytes(plan, SEVEN_B, formats) - rounded * matrix
-        assert 16 * 2**20 < more < 32 * 2**20
+        assert 48 * 2**20 < more < 64 * 2**20
         streamed = replace(plan, schedule="streamed")
         assert device_memory.recorded_bytes(streamed, SEVEN_B, formats) == 0
 
