@@ -8,6 +8,7 @@ texts, as many texts at a time as give no more tokens than the batch has itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lowmem.compute.blocked_attention import attend_in_blocks
 
 _LONGEST_MASKED = 512
 # Few enough that copies in another precision do not count, and enough for a call to be worth it.
@@ -99,6 +102,7 @@ def attend(
     spans: Spans,
     *,
     narrow_from: float | None = None,
+    blocks_from: float = math.inf,
 ) -> Tensor:
     """Softmax attention in each text, grouped-query heads allowed.
 
@@ -110,6 +114,8 @@ def attend(
         spans: Where the texts lie.
         narrow_from: From how many tokens on, its prefix counted, a text goes through bfloat16;
             None leaves all as they are given.
+        blocks_from: From how many on it goes in blocks through float32 instead, on a CPU, where
+            attention is causal.
 
     Returns:
         ``[queries, heads * head_dim]``, in the order and the dtype of ``query``.
@@ -118,8 +124,10 @@ def attend(
     most_tokens = len(key) if narrow_from is None else min(len(key), _CONVERTED_TOKENS)
     for run, queries, keys in slices(spans, most_tokens):
         texts, shared = run.texts, run.prefix_tokens
+        in_blocks = spans.is_causal and shared + run.length >= blocks_from
         is_narrow = narrow_from is not None and shared + run.length >= narrow_from
-        dtype = torch.bfloat16 if is_narrow and not spans.pooled_only else query.dtype
+        is_cast = is_narrow and not in_blocks and not spans.pooled_only
+        dtype = torch.bfloat16 if is_cast else query.dtype
         run_query, run_key, run_value = (
             states.to(dtype) for states in (query[queries], key[keys], value[keys])
         )
@@ -128,10 +136,12 @@ def attend(
             run_key = _behind(key[prefix].to(dtype), run_key, texts)
             run_value = _behind(value[prefix].to(dtype), run_value, texts)
         if shared and not spans.pooled_only:
-            mixed[queries] = _attend_behind(run_query, run_key, run_value, texts, shared)
+            mixed[queries] = _attend_behind(run_query, run_key, run_value, texts, shared, in_blocks)
         else:
             causal = spans.is_causal and not spans.pooled_only
-            mixed[queries] = _attend_texts(run_query, run_key, run_value, texts, causal)
+            mixed[queries] = _attend_texts(
+                run_query, run_key, run_value, texts, causal, in_blocks=in_blocks and causal
+            )
     return mixed.flatten(1)
 
 
@@ -161,7 +171,9 @@ def _behind(prefix: Tensor, states: Tensor, texts: int) -> Tensor:
     return torch.cat([prefix.expand(texts, -1, -1, -1), each], dim=1).flatten(0, 1)
 
 
-def _attend_behind(query: Tensor, key: Tensor, value: Tensor, texts: int, shared: int) -> Tensor:
+def _attend_behind(
+    query: Tensor, key: Tensor, value: Tensor, texts: int, shared: int, in_blocks: bool
+) -> Tensor:
     """Causal attention of texts of one length, whose keys and values begin with the prefix's.
 
     SDPA aligns its own causal mask to the first key. Short texts bring a mask instead, which costs
@@ -173,7 +185,7 @@ def _attend_behind(query: Tensor, key: Tensor, value: Tensor, texts: int, shared
         mask = query.new_full((length, shared + length), -torch.inf).triu_(shared + 1)
         return _attend_texts(query, key, value, texts, False, mask)
     padded = _behind(query.new_zeros(shared, *query.shape[1:]), query, texts)
-    result = _attend_texts(padded, key, value, texts, True)
+    result = _attend_texts(padded, key, value, texts, True, in_blocks=in_blocks)
     own: Tensor = result.unflatten(0, (texts, -1))[:, -length:].flatten(0, 1)
     return own
 
@@ -185,11 +197,22 @@ def _attend_texts(
     texts: int,
     causal: bool,
     mask: Tensor | None = None,
+    *,
+    in_blocks: bool = False,
 ) -> Tensor:
-    """One call for texts of one length, ``[texts * length, heads, head_dim]`` each.
+    """Texts of one length, ``[texts * length, heads, head_dim]``: one call, or one for each.
 
     ``mask`` is added to the scores, ``[query length, key length]``.
     """
+    if in_blocks:
+        return torch.cat(
+            [
+                attend_in_blocks(*text)
+                for text in zip(
+                    *(states.chunk(texts) for states in (query, key, value)), strict=True
+                )
+            ]
+        )
     query, key, value = (
         states.unflatten(0, (texts, -1)).transpose(1, 2) for states in (query, key, value)
     )  # [texts, heads, length, head_dim]

@@ -26,6 +26,10 @@ PLAIN_DEVICE_CHUNK_TOKENS = 2048
 INT_MM_CHUNK_ROWS = 1024
 """Rows whose 32-bit sums torch's product of 8-bit matrices holds at a time."""
 
+SHORTEST_BLOCKED = 256
+"""Tokens of the shortest text over which attention may go in blocks of queries on a CPU."""
+BLOCK_QUERIES = 128
+"""Tokens of a block: fewer, and products slow down; more, and scores leave the cache."""
 RECORDED_TOKENS = 64
 """Most tokens of a single text whose pass a CUDA device is given as one recorded launch."""
 MOST_RECORDED = 16
@@ -39,6 +43,15 @@ def int8_chunk_rows(threads: int) -> int:
     the cache.
     """
     return max(768, 128 * threads)
+
+
+def keys_multiplied(keys: int) -> int:
+    """How many keys a block of queries meets that sees so many.
+
+    oneDNN compiles code for each number: of all up to 4096 there are twelve.
+    """
+    step = 1 << max(8, (keys - 1).bit_length() - 3)
+    return -(-keys // step) * step
 
 
 def multiplies_codes(form: Format) -> bool:

@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain, linear_bytes
 from lowmem.artifact.weights import module_shapes
-from lowmem.compute.plan import CHUNK_BYTES, Plan, int8_chunk_rows, rounds_every_mlp
+from lowmem.compute.plan import (
+    BLOCK_QUERIES,
+    CHUNK_BYTES,
+    SHORTEST_BLOCKED,
+    Plan,
+    int8_chunk_rows,
+    keys_multiplied,
+    rounds_every_mlp,
+)
 from lowmem.hardware import Hardware
 from lowmem.planner import device_memory
 from lowmem.text.batching import PREFIX_TOKENS
@@ -31,6 +39,8 @@ CUDA_HOST_BYTES = 900 * MIB
 # AMX these are blocks in another order, of a small matrix all: measured at two sizes.
 _COMPILED_BYTES, _COMPILED_AMX_BYTES = 24 * MIB, 40 * MIB
 _REORDERED_BYTES = 40 * MIB
+# The same for attention over long texts, where it goes in blocks: 24 products.
+_BLOCKS_COMPILED_BYTES = 16 * MIB
 
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
 _LATENT_BLOCK_BYTES = 64 * MIB
@@ -147,13 +157,19 @@ def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format
 
 
 def _compiled_bytes(plan: Plan, config: ModelConfig, machine: Hardware) -> int:
-    """What oneDNN holds of its own for 16-bit products on a CPU."""
+    """What oneDNN holds of its own on a CPU, for 16-bit products and for attention in blocks."""
     width = PRODUCT_BYTES[plan.compute]
+    blocks = _BLOCKS_COMPILED_BYTES if _may_go_in_blocks(plan, config) else 0
     if width != 2:
-        return 0
+        return blocks
     if not machine.has_amx:
-        return _COMPILED_BYTES
-    return _COMPILED_AMX_BYTES + min(width * config.largest_linear, _REORDERED_BYTES)
+        return blocks + _COMPILED_BYTES
+    return blocks + _COMPILED_AMX_BYTES + min(width * config.largest_linear, _REORDERED_BYTES)
+
+
+def _may_go_in_blocks(plan: Plan, config: ModelConfig) -> bool:
+    """Whether attention over a text may, if that is faster here, which is tried when it runs."""
+    return config.is_stock and plan.batch_tokens >= SHORTEST_BLOCKED
 
 
 def _hidden_bytes(plan: Plan, config: ModelConfig) -> int:
@@ -179,18 +195,22 @@ def _activation_bytes(
     width = PRODUCT_BYTES[plan.compute]
     hidden, query, key = config.hidden_size, config.query_size, config.key_value_size
     # The residual stream; q, k and v; q and k rotated; the mixed heads, and before them SDPA's.
-    attention = 4 * hidden + width * (4 * query + 3 * key)
+    attention = plan.batch_tokens * (4 * hidden + width * (4 * query + 3 * key))
+    if _may_go_in_blocks(plan, config):
+        # Scores of a block and their weights; keys and values of a head, twice.
+        keys = keys_multiplied(plan.batch_tokens)
+        attention += 4 * keys * (2 * BLOCK_QUERIES * query // key + 4 * config.head_dim)
     if plan.compute == "int8" and machine.has_vnni and rounds_every_mlp(formats):
         # A chunk goes through all three linears: sums, the gate, what meets it, and codes of both.
         rows = min(plan.batch_tokens, int8_chunk_rows(plan.threads))
         chunk = min(CHUNK_BYTES, 4 * rows * config.intermediate_size)
-        return max(plan.batch_tokens * attention, 2 * 4 * hidden * plan.batch_tokens + 4 * chunk)
+        return max(attention, 2 * 4 * hidden * plan.batch_tokens + 4 * chunk)
     # The residual stream, its norm as inputs, and the gate; what meets it goes in two chunks.
     mlp = 4 * hidden + width * (hidden + config.intermediate_size)
     whole = 4 * config.intermediate_size * plan.batch_tokens
     chunk = whole // -(-whole // CHUNK_BYTES)  # equal ones
     chunks = 3 if plan.compute == "int8" else 2  # rounded, what goes into the last product is new
-    return max(plan.batch_tokens * attention, plan.batch_tokens * mlp + chunks * chunk)
+    return max(attention, plan.batch_tokens * mlp + chunks * chunk)
 
 
 def _pooling_bytes(plan: Plan, config: ModelConfig) -> int:

@@ -99,7 +99,7 @@ def test_rows_of_zeros_behind_the_states_change_no_product(monkeypatch, tokens):
 
 
 needs_fused_products = pytest.mark.skipif(
-    not products._has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    not products.has_onednn() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     reason="this processor or build of torch has no products in bfloat16",
 )
 

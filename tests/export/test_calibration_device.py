@@ -33,7 +33,7 @@ def test_the_device_mixes_with_no_other() -> None:
 def test_a_device_gives_the_bytes_of_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(products, "_has_onednn", lambda: False)  # a library of the CPU alone
+    monkeypatch.setattr(products, "has_onednn", lambda: False)  # a library of the CPU alone
     monkeypatch.setattr(sensitivities, "_factors", lambda device: torch.float32)  # so is bfloat16
     checkpoint = tiny_checkpoint(tmp_path / "tiny", dtype=dtype, layers=2)
     rows = data.load("calibration")[:20]

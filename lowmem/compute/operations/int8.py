@@ -12,6 +12,7 @@ exact on extreme values, and faster in a trial.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import product as combinations
@@ -60,9 +61,12 @@ class Int8Operations(PlainOperations):
         """Attention within each text, float32 ``[queries, query size]``.
 
         Long texts go through bfloat16 where that is faster: beside activations that are rounded to
-        8 bits it does not count.
+        8 bits it does not count. Where blocks are faster still, they do not.
         """
-        return attend(query, key, value, spans, narrow_from=self._narrow_from)
+        is_narrow = self._narrow_from < math.inf
+        blocks = self._blocks_from(torch.bfloat16 if is_narrow else torch.float32)
+        narrow = self._narrow_from
+        return attend(query, key, value, spans, narrow_from=narrow, blocks_from=blocks)
 
     def project_add(
         self, mixed: Tensor, linear: Linear, residual: Tensor, exact_rows: int

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem.compute.attention import Spans, attend
 from lowmem.compute.decoder import Rotation, rms_norm
+from lowmem.compute.operations.attention_forms import blocks_from
 from lowmem.compute.operations.dequantize import Weights
 from lowmem.compute.operations.linear import Linear
 from lowmem.compute.operations.products import (
@@ -76,8 +77,13 @@ class PlainOperations:
         return rotation.apply(heads)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
-        """Attention within each text, ``[queries, query size]``."""
-        return attend(query, key, value, spans)
+        """Attention within each text, ``[queries, query size]``, by the form that is fastest."""
+        return attend(query, key, value, spans, blocks_from=self._blocks_from(self.dtype))
+
+    @staticmethod
+    def _blocks_from(dtype: torch.dtype) -> float:
+        """From how many tokens on blocks are faster than what multiplies such states."""
+        return blocks_from(torch.get_num_threads(), dtype)
 
     def project_add(
         self, mixed: Tensor, linear: Linear, residual: Tensor, exact_rows: int

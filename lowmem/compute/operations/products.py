@@ -124,18 +124,19 @@ def product_times(states: Tensor, weight: Tensor, other: Tensor) -> Tensor:
 
 def reproducible_product(states: Tensor, weight: Tensor) -> Tensor:
     """states @ weightᵀ in float32, by a library that no timing chooses."""
-    by_onednn = weight.device.type == "cpu" and _has_onednn()
+    by_onednn = weight.device.type == "cpu" and has_onednn()
     return (onednn if by_onednn else F.linear)(states, weight)
 
 
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
+    """Whether torch has oneDNN, with the product that its own compiler calls."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @cache
 def _fastest_float32(threads: int, is_large: bool) -> Product:
     """The library for torch with so many threads, and for weights of such a size."""
-    if not _has_onednn():
+    if not has_onednn():
         return F.linear
     tokens, inner, outer = _LARGE_TRIAL if is_large else _SMALL_TRIAL
     states, raised = _ones(tokens, inner), _ones(tokens, outer)
@@ -156,7 +157,7 @@ def _fastest_float32(threads: int, is_large: bool) -> Product:
 @cache
 def _fused_is_faster(threads: int) -> bool:
     """Tries a gated MLP's first two products in bfloat16, with torch on so many threads."""
-    if not _has_onednn():
+    if not has_onednn():
         return False
     tokens, inner, outer = _SMALL_TRIAL
     states = _ones(tokens, inner, torch.bfloat16)
