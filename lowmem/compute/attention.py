@@ -205,14 +205,9 @@ def _attend_texts(
     ``mask`` is added to the scores, ``[query length, key length]``.
     """
     if in_blocks:
-        return torch.cat(
-            [
-                attend_in_blocks(*text)
-                for text in zip(
-                    *(states.chunk(texts) for states in (query, key, value)), strict=True
-                )
-            ]
-        )
+        each = zip(*(states.chunk(texts) for states in (query, key, value)), strict=True)
+        parts = [attend_in_blocks(*text) for text in each]
+        return torch.cat(parts) if texts > 1 else parts[0]
     query, key, value = (
         states.unflatten(0, (texts, -1)).transpose(1, 2) for states in (query, key, value)
     )  # [texts, heads, length, head_dim]

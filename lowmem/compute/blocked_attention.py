@@ -7,11 +7,16 @@ others. oneDNN compiles code for each number of keys that it meets, so that few 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lowmem.compute.operations.products import onednn
-from lowmem.compute.plan import BLOCK_QUERIES, keys_multiplied
+from lowmem.compute.plan import BLOCK_QUERIES, BLOCK_SCORES, keys_multiplied
+
+_FEWEST = 32
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -27,13 +32,9 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     tokens, _, head_dim = query.shape
     result = torch.empty_like(query)
-    blocks = [
-        (begin, keys_multiplied(begin + BLOCK_QUERIES)) for begin in range(0, tokens, BLOCK_QUERIES)
-    ]
-    widest = max(reach - begin for begin, reach in blocks)
-    later = torch.full(
-        (BLOCK_QUERIES, widest), -torch.inf, dtype=torch.float32, device="cpu"
-    ).triu_(1)
+    blocks = list(_blocks(tokens))
+    longest = blocks[-1].keys
+    later = _later(max(block.keys - block.begin for block in blocks))
     for queries, keys, values, mixed in zip(
         query.unflatten(1, (key.shape[1], -1)).unbind(1),
         key.unbind(1),
@@ -41,16 +42,41 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         result.unflatten(1, (key.shape[1], -1)).unbind(1),
         strict=True,
     ):
-        keys, values = _filled(keys, blocks[-1][1]), _filled(values, blocks[-1][1]).T.contiguous()
-        for begin, reach in blocks:
-            end = min(begin + BLOCK_QUERIES, tokens)
-            rows = _filled(queries[begin:end], BLOCK_QUERIES).mul_(head_dim**-0.5)
-            scores = onednn(rows.flatten(0, 1), keys[:reach])
-            scores.view(BLOCK_QUERIES, -1, reach)[..., begin:] += later[:, None, : reach - begin]
+        keys, values = _filled(keys, longest), _filled(values, longest).T.contiguous()
+        for begin, rows, seen in blocks:
+            end = min(begin + rows, tokens)
+            own = _filled(queries[begin:end], rows).mul_(head_dim**-0.5)
+            scores = onednn(own.flatten(0, 1), keys[:seen])
+            scores.view(rows, -1, seen)[..., begin:] += later[:rows, None, : seen - begin]
             weights = scores.softmax(dim=-1)
-            block = onednn(weights, values[:, :reach].contiguous())
-            mixed[begin:end] = block.view(rows.shape)[: end - begin]
+            block = onednn(weights, values[:, :seen].contiguous())
+            mixed[begin:end] = block.view(own.shape)[: end - begin]
     return result
+
+
+class _Block(NamedTuple):
+    """Consecutive queries, and the keys from the first one on that they meet."""
+
+    begin: int
+    queries: int
+    keys: int
+
+
+def _blocks(tokens: int) -> Iterator[_Block]:
+    """Those of a text, the last of which may reach beyond its end."""
+    begin = 0
+    while begin < tokens:
+        queries = BLOCK_QUERIES
+        while queries > _FEWEST and queries * keys_multiplied(begin + queries) > BLOCK_SCORES:
+            queries //= 2
+        yield _Block(begin, queries, keys_multiplied(begin + queries))
+        begin += queries
+
+
+def _later(keys: int) -> Tensor:
+    """What is added to the scores of a block with keys from its own first token on."""
+    hidden = torch.full((BLOCK_QUERIES, keys), -torch.inf, dtype=torch.float32, device="cpu")
+    return hidden.triu_(1)
 
 
 def _filled(states: Tensor, rows: int) -> Tensor:

@@ -14,6 +14,7 @@ from lowmem.artifact.formats import Format, Int8Channel, IntGrouped, Plain, line
 from lowmem.artifact.weights import module_shapes
 from lowmem.compute.plan import (
     BLOCK_QUERIES,
+    BLOCK_SCORES,
     CHUNK_BYTES,
     SHORTEST_BLOCKED,
     Plan,
@@ -39,8 +40,8 @@ CUDA_HOST_BYTES = 900 * MIB
 # AMX these are blocks in another order, of a small matrix all: measured at two sizes.
 _COMPILED_BYTES, _COMPILED_AMX_BYTES = 24 * MIB, 40 * MIB
 _REORDERED_BYTES = 40 * MIB
-# The same for attention over long texts, where it goes in blocks: 24 products.
-_BLOCKS_COMPILED_BYTES = 16 * MIB
+# The same for attention over long texts, where it goes in blocks, whose scores leave gaps between.
+_BLOCKS_COMPILED_BYTES = 24 * MIB
 
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
 _LATENT_BLOCK_BYTES = 64 * MIB
@@ -199,7 +200,8 @@ def _activation_bytes(
     if _may_go_in_blocks(plan, config):
         # Scores of a block and their weights; keys and values of a head, twice.
         keys = keys_multiplied(plan.batch_tokens)
-        attention += 4 * keys * (2 * BLOCK_QUERIES * query // key + 4 * config.head_dim)
+        scores = min(BLOCK_QUERIES * keys, BLOCK_SCORES) * query // key
+        attention += 4 * (2 * scores + 4 * keys * config.head_dim)
     if plan.compute == "int8" and machine.has_vnni and rounds_every_mlp(formats):
         # A chunk goes through all three linears: sums, the gate, what meets it, and codes of both.
         rows = min(plan.batch_tokens, int8_chunk_rows(plan.threads))
