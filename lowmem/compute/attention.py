@@ -124,7 +124,12 @@ def attend(
     most_tokens = len(key) if narrow_from is None else min(len(key), _CONVERTED_TOKENS)
     for run, queries, keys in slices(spans, most_tokens):
         texts, shared = run.texts, run.prefix_tokens
-        in_blocks = spans.is_causal and shared + run.length >= blocks_from
+        is_masked = bool(shared) and run.length <= _LONGEST_MASKED
+        in_blocks = (
+            spans.is_causal
+            and not (spans.pooled_only or is_masked)
+            and shared + run.length >= blocks_from
+        )
         is_narrow = narrow_from is not None and shared + run.length >= narrow_from
         is_cast = is_narrow and not in_blocks and not spans.pooled_only
         dtype = torch.bfloat16 if is_cast else query.dtype
@@ -140,7 +145,7 @@ def attend(
         else:
             causal = spans.is_causal and not spans.pooled_only
             mixed[queries] = _attend_texts(
-                run_query, run_key, run_value, texts, causal, in_blocks=in_blocks and causal
+                run_query, run_key, run_value, texts, causal, in_blocks=in_blocks
             )
     return mixed.flatten(1)
 

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from lowmem.compute.operations.products import onednn
-from lowmem.compute.plan import BLOCK_QUERIES, BLOCK_SCORES, keys_multiplied
-
-_FEWEST = 32
+from lowmem.compute.plan import (
+    BLOCK_QUERIES,
+    BLOCK_SCORES,
+    FEWEST_BLOCK_QUERIES,
+    keys_multiplied,
+)
 
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -48,8 +51,8 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             own = _filled(queries[begin:end], rows).mul_(head_dim**-0.5)
             scores = onednn(own.flatten(0, 1), keys[:seen])
             scores.view(rows, -1, seen)[..., begin:] += later[:rows, None, : seen - begin]
-            weights = scores.softmax(dim=-1)
-            block = onednn(weights, values[:, :seen].contiguous())
+            scores = scores.softmax(dim=-1)  # two of their size are held, not three
+            block = onednn(scores, values[:, :seen].contiguous())
             mixed[begin:end] = block.view(own.shape)[: end - begin]
     return result
 
@@ -67,7 +70,9 @@ def _blocks(tokens: int) -> Iterator[_Block]:
     begin = 0
     while begin < tokens:
         queries = BLOCK_QUERIES
-        while queries > _FEWEST and queries * keys_multiplied(begin + queries) > BLOCK_SCORES:
+        while queries > FEWEST_BLOCK_QUERIES and (
+            queries * keys_multiplied(begin + queries) > BLOCK_SCORES
+        ):
             queries //= 2
         yield _Block(begin, queries, keys_multiplied(begin + queries))
         begin += queries

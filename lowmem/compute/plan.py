@@ -28,10 +28,10 @@ INT_MM_CHUNK_ROWS = 1024
 
 SHORTEST_BLOCKED = 256
 """Tokens of the shortest text over which attention may go in blocks of queries on a CPU."""
-BLOCK_QUERIES = 128
-"""Most tokens of a block: more, and scores leave the cache."""
+BLOCK_QUERIES, FEWEST_BLOCK_QUERIES = 128, 32
+"""Most and fewest tokens of a block: more, and scores leave the cache."""
 BLOCK_SCORES = 128 * 1024
-"""Most scores of a block and a head, as long as it has no fewer than 32 queries."""
+"""Most scores of a block and a head, unless the fewest tokens have more."""
 RECORDED_TOKENS = 64
 """Most tokens of a single text whose pass a CUDA device is given as one recorded launch."""
 MOST_RECORDED = 16

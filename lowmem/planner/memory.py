@@ -16,6 +16,7 @@ from lowmem.compute.plan import (
     BLOCK_QUERIES,
     BLOCK_SCORES,
     CHUNK_BYTES,
+    FEWEST_BLOCK_QUERIES,
     SHORTEST_BLOCKED,
     Plan,
     int8_chunk_rows,
@@ -40,8 +41,9 @@ CUDA_HOST_BYTES = 900 * MIB
 # AMX these are blocks in another order, of a small matrix all: measured at two sizes.
 _COMPILED_BYTES, _COMPILED_AMX_BYTES = 24 * MIB, 40 * MIB
 _REORDERED_BYTES = 40 * MIB
-# The same for attention over long texts, where it goes in blocks, whose scores leave gaps between.
-_BLOCKS_COMPILED_BYTES = 24 * MIB
+# The same for each number of keys that attention meets over long texts, where it goes in blocks,
+# whose scores leave gaps between.
+_BLOCKS_COMPILED_BYTES = 2 * MIB
 
 # The MLP of latent attention works in blocks of weights and chunks of tokens.
 _LATENT_BLOCK_BYTES = 64 * MIB
@@ -160,7 +162,10 @@ def _scratch_bytes(plan: Plan, config: ModelConfig, formats: Mapping[str, Format
 def _compiled_bytes(plan: Plan, config: ModelConfig, machine: Hardware) -> int:
     """What oneDNN holds of its own on a CPU, for 16-bit products and for attention in blocks."""
     width = PRODUCT_BYTES[plan.compute]
-    blocks = _BLOCKS_COMPILED_BYTES if _may_go_in_blocks(plan, config) else 0
+    blocks = 0
+    if _may_go_in_blocks(plan, config):
+        ends = range(BLOCK_QUERIES, plan.batch_tokens + BLOCK_QUERIES, BLOCK_QUERIES)
+        blocks = len(set(map(keys_multiplied, ends))) * _BLOCKS_COMPILED_BYTES
     if width != 2:
         return blocks
     if not machine.has_amx:
@@ -200,7 +205,8 @@ def _activation_bytes(
     if _may_go_in_blocks(plan, config):
         # Scores of a block and their weights; keys and values of a head, twice.
         keys = keys_multiplied(plan.batch_tokens)
-        scores = min(BLOCK_QUERIES * keys, BLOCK_SCORES) * query // key
+        most = max(BLOCK_SCORES, FEWEST_BLOCK_QUERIES * keys)
+        scores = min(BLOCK_QUERIES * keys, most) * query // key
         attention += 4 * (2 * scores + 4 * keys * config.head_dim)
     if plan.compute == "int8" and machine.has_vnni and rounds_every_mlp(formats):
         # A chunk goes through all three linears: sums, the gate, what meets it, and codes of both.

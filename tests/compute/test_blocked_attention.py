@@ -1,11 +1,13 @@
 """Attention in blocks of queries against the mask written out, and what it costs to be asked."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from lowmem.compute import attention
 from lowmem.compute.attention import Spans, attend
 from lowmem.compute.blocked_attention import attend_in_blocks
 from lowmem.compute.operations import attention_forms, int8, plain, products, trials
@@ -14,6 +16,13 @@ from tests.compute.test_attention import heads, slow_attend
 from tests.tolerances import ATTENTION, NARROW_ATTENTION
 
 pytestmark = pytest.mark.skipif(not products.has_onednn(), reason="torch has no oneDNN here")
+
+
+@pytest.fixture(autouse=True)
+def _tried_anew() -> Iterator[None]:
+    attention_forms.blocks_from.cache_clear()
+    yield
+    attention_forms.blocks_from.cache_clear()
 
 
 def states(tokens: int, share: int, head_dim: int = 32) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +44,17 @@ def test_a_text_of_4096_tokens() -> None:
     expected = attend(query, key, value, Spans.of([(0, [4096])], True, "cpu"))
     got = attend_in_blocks(query, key, value).flatten(1)
     assert float((got - expected).abs().max()) <= 2 * ATTENTION
+
+
+def test_the_last_of_more_tokens_than_fill_a_block() -> None:
+    query, key, value = states(4500, 3, 8)
+    got = attend_in_blocks(query, key, value)[-70:].flatten(1)
+    keys, values = (one.double().repeat_interleave(3, 1) for one in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query[-70:].double(), keys) / 8**0.5
+    seen = torch.ones(70, 4500, dtype=torch.bool).tril(4430)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
+    assert float((got - expected).abs().max()) <= ATTENTION
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -69,7 +89,16 @@ def test_16_bit_states_come_back_in_their_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("narrow_from", [None, 0])
-def test_long_texts_go_in_blocks_wherever_they_lie(narrow_from: float | None) -> None:
+def test_long_texts_go_in_blocks_wherever_they_lie(
+    narrow_from: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_blocks = []
+
+    def counted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        in_blocks.append(len(query))
+        return attend_in_blocks(query, key, value)
+
+    monkeypatch.setattr(attention, "attend_in_blocks", counted)
     sections = [(9, [260, 260, 30]), (0, [300]), (700, [650, 12])]
     before = sum(prefix for prefix, _ in sections)
     tokens = sum(sum(lengths) for _, lengths in sections)
@@ -78,13 +107,11 @@ def test_long_texts_go_in_blocks_wherever_they_lie(narrow_from: float | None) ->
     spans = Spans.of(sections, True, "cpu")
     expected = slow_attend(query, key, value, sections, True)
     got = attend(query, key, value, spans, narrow_from=narrow_from, blocks_from=256)
-    short = torch.ones(tokens, dtype=torch.bool)
-    if narrow_from is not None:  # what is short goes through bfloat16
-        short[:520] = short[550:] = False
-        short[-12:] = True
-        assert float((got - expected)[short].abs().max()) <= NARROW_ATTENTION
-    else:
-        assert float((got - expected).abs().max()) <= ATTENTION
+    assert in_blocks == [300, 700 + 650]  # a mask serves short ones behind a prefix
+    exact = torch.full((tokens,), narrow_from is None)
+    exact[550:-12] = True
+    assert float((got - expected)[exact].abs().max()) <= ATTENTION
+    assert float((got - expected).abs().max()) <= NARROW_ATTENTION
     last = query[spans.last_tokens]
     pooled = attend(last, key, value, spans.of_last_tokens(), blocks_from=0)
     assert float((pooled - expected[spans.last_tokens]).abs().max()) <= ATTENTION
@@ -128,12 +155,10 @@ def test_blocks_must_be_faster_over_all_longer_texts(
         return "blocks" if question in questions else "kernel"
 
     monkeypatch.setattr(trials, "fastest", winner)
-    attention_forms.blocks_from.cache_clear()
     assert attention_forms.blocks_from(1, torch.float32) == expected
     attention_forms.blocks_from.cache_clear()
     monkeypatch.setattr(attention_forms, "has_onednn", lambda: False)
     assert attention_forms.blocks_from(1, torch.float32) == math.inf
-    attention_forms.blocks_from.cache_clear()
 
 
 @pytest.mark.parametrize("narrow_from", [math.inf, 40])

@@ -157,6 +157,17 @@ def test_linears_that_are_kept_exact_make_rows_twice_as_long():
     assert more - less == 14336 * 4096
 
 
+def test_attention_in_blocks_holds_scores_of_all_keys_of_a_long_text():
+    llama = replace(SEVEN_B, num_key_value_heads=1)  # few keys and values beside the queries
+    formats = formats_for("fp16", llama, "F16")
+    causal, other = (replace(llama, is_stock=stock) for stock in (True, False))
+    for tokens, numbers_of_keys in ((128, 0), (4096, 12), (32768, 24)):
+        plan = Plan("fp16", "torch", "cpu", "bf16", "resident", batch_tokens=tokens)
+        plan = replace(plan, window_tokens=tokens)
+        needs = [memory.predict(plan, one, formats, PLAIN)[0] for one in (causal, other)]
+        assert needs[0] - needs[1] >= numbers_of_keys * 2 * 2**20
+
+
 def test_memory_grows_with_the_token_budget():
     small = predict("int4", batch_tokens=1024, window_tokens=1024)[0]
     assert predict("int4", batch_tokens=8192, window_tokens=8192)[0] > small

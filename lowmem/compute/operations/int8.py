@@ -64,7 +64,7 @@ class Int8Operations(PlainOperations):
         8 bits it does not count. Where blocks are faster still, they do not.
         """
         is_narrow = self._narrow_from < math.inf
-        blocks = self._blocks_from(torch.bfloat16 if is_narrow else torch.float32)
+        blocks = self._blocks_from(spans, torch.bfloat16 if is_narrow else torch.float32)
         narrow = self._narrow_from
         return attend(query, key, value, spans, narrow_from=narrow, blocks_from=blocks)
 

@@ -8,6 +8,7 @@ fast 8-bit kernels saturate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,12 +79,12 @@ class PlainOperations:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
         """Attention within each text, ``[queries, query size]``, by the form that is fastest."""
-        return attend(query, key, value, spans, blocks_from=self._blocks_from(self.dtype))
+        return attend(query, key, value, spans, blocks_from=self._blocks_from(spans, self.dtype))
 
     @staticmethod
-    def _blocks_from(dtype: torch.dtype) -> float:
+    def _blocks_from(spans: Spans, dtype: torch.dtype) -> float:
         """From how many tokens on blocks are faster than what multiplies such states."""
-        return blocks_from(torch.get_num_threads(), dtype)
+        return blocks_from(torch.get_num_threads(), dtype) if spans.is_causal else math.inf
 
     def project_add(
         self, mixed: Tensor, linear: Linear, residual: Tensor, exact_rows: int
