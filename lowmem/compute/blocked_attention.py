@@ -17,7 +17,7 @@ from lowmem.compute.operations.products import onednn
 from lowmem.compute.plan import (
     BLOCK_QUERIES,
     BLOCK_SCORES,
-    FEWEST_BLOCK_QUERIES,
+    FEWEST_BLOCK_HEADS,
     keys_multiplied,
 )
 
@@ -33,9 +33,9 @@ def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         ``[tokens, heads, head_dim]`` in the dtype of ``query``.
     """
-    tokens, _, head_dim = query.shape
+    tokens, heads, head_dim = query.shape
     result = torch.empty_like(query)
-    blocks = list(_blocks(tokens))
+    blocks = list(_blocks(tokens, heads // key.shape[1]))
     longest = blocks[-1].keys
     later = _later(max(block.keys - block.begin for block in blocks))
     for queries, keys, values, mixed in zip(
@@ -65,16 +65,20 @@ class _Block(NamedTuple):
     keys: int
 
 
-def _blocks(tokens: int) -> Iterator[_Block]:
-    """Those of a text, the last of which may reach beyond its end."""
+def _blocks(tokens: int, share: int) -> Iterator[_Block]:
+    """Those of a text, the last of which may reach beyond its end.
+
+    Args:
+        tokens: Of the text.
+        share: Query heads of a key head.
+    """
     begin = 0
     while begin < tokens:
-        queries = BLOCK_QUERIES
-        while queries > FEWEST_BLOCK_QUERIES and (
-            queries * keys_multiplied(begin + queries) > BLOCK_SCORES
-        ):
+        queries, keys = BLOCK_QUERIES, keys_multiplied(begin + BLOCK_QUERIES)
+        while queries * share > FEWEST_BLOCK_HEADS and queries * share * keys > BLOCK_SCORES:
             queries //= 2
-        yield _Block(begin, queries, keys_multiplied(begin + queries))
+            keys = keys_multiplied(begin + queries)
+        yield _Block(begin, queries, keys)
         begin += queries
 
 

@@ -28,10 +28,12 @@ INT_MM_CHUNK_ROWS = 1024
 
 SHORTEST_BLOCKED = 256
 """Tokens of the shortest text over which attention may go in blocks of queries on a CPU."""
-BLOCK_QUERIES, FEWEST_BLOCK_QUERIES = 128, 32
-"""Most and fewest tokens of a block: more, and scores leave the cache."""
-BLOCK_SCORES = 128 * 1024
-"""Most scores of a block and a head, unless the fewest tokens have more."""
+BLOCK_QUERIES = 128
+"""Most tokens of a block: more, and scores leave the cache."""
+BLOCK_SCORES = 512 * 1024
+"""Most scores of a block with a key head, unless the fewest heads have more by themselves."""
+FEWEST_BLOCK_HEADS = 128
+"""Query heads of a block that meet a key head together: fewer, and products slow down."""
 RECORDED_TOKENS = 64
 """Most tokens of a single text whose pass a CUDA device is given as one recorded launch."""
 MOST_RECORDED = 16

@@ -16,7 +16,7 @@ from lowmem.compute.plan import (
     BLOCK_QUERIES,
     BLOCK_SCORES,
     CHUNK_BYTES,
-    FEWEST_BLOCK_QUERIES,
+    FEWEST_BLOCK_HEADS,
     SHORTEST_BLOCKED,
     Plan,
     int8_chunk_rows,
@@ -205,8 +205,8 @@ def _activation_bytes(
     if _may_go_in_blocks(plan, config):
         # Scores of a block and their weights; keys and values of a head, twice.
         keys = keys_multiplied(plan.batch_tokens)
-        most = max(BLOCK_SCORES, FEWEST_BLOCK_QUERIES * keys)
-        scores = min(BLOCK_QUERIES * keys, most) * query // key
+        most = max(BLOCK_SCORES, FEWEST_BLOCK_HEADS * keys)
+        scores = min(BLOCK_QUERIES * keys * query // key, most)
         attention += 4 * (2 * scores + 4 * keys * config.head_dim)
     if plan.compute == "int8" and machine.has_vnni and rounds_every_mlp(formats):
         # A chunk goes through all three linears: sums, the gate, what meets it, and codes of both.
