@@ -19,14 +19,12 @@ from lowmem.errors import CapacityError
 from lowmem.hardware import Hardware
 from lowmem.planner import estimate, window
 from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates, with_streamed_twins
-from lowmem.planner.timing import Stopwatch
+from lowmem.planner.timing import RIVALS_SHARE, Stopwatch
 from lowmem.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
 BUILT_IN_TEXTS = ("probe", "quick")
-# By as much the timings of one plan differ from one minute to the next.
-_TIMING_ERROR = 0.1
 # Mean cosines that are equal in so many digits do not tell plans apart.
 _MEAN_DIGITS = 3
 # Shorter instructions are computed with every text.
@@ -127,7 +125,7 @@ def choose(
     reason, warning = _explain(chosen, kind, len(tier), floor)
     if chosen is not fastest:
         why = "is faster by less than timings differ, and less faithful"
-        if chosen.speed < _least_alike(tier):
+        if chosen.speed <= _most_unlike(tier):
             why = f"would compute again the {repeated:.0%} that are repeated instructions"
         elif shortest_prefix(fastest, bundle.contract) is None:
             why = "is faster by less than timings differ, and keeps no instruction"
@@ -278,8 +276,8 @@ def _best_of(
     queries are to be compared with documents, which repeat nothing.
     """
     savers = [plan for plan in tier if shortest_prefix(plan, contract) is not None]
-    least = _least_alike(tier)
-    alike = [plan for plan in tier if plan.speed >= least]
+    slower = _most_unlike(tier)
+    alike = [plan for plan in tier if plan.speed > slower] or list(tier)
 
     def merit(plan: Plan) -> tuple[bool, float, float]:
         return plan in savers, round(means.get(plan.report_id, 0.0), _MEAN_DIGITS), plan.speed
@@ -289,12 +287,12 @@ def _best_of(
         return chosen
     of_variant = [plan for plan in savers if plan.variant == chosen.variant]
     saver = max(of_variant, key=lambda plan: plan.speed, default=chosen)
-    return saver if saver.speed >= (1 - repeated) * least else chosen
+    return saver if saver.speed >= (1 - repeated) * slower else chosen
 
 
-def _least_alike(tier: Sequence[Plan]) -> float:
-    """Tokens a second from which timing can hardly tell a plan from the fastest."""
-    return (1 - _TIMING_ERROR) * max(plan.speed for plan in tier)
+def _most_unlike(tier: Sequence[Plan]) -> float:
+    """Most tokens a second of a plan that is surely slower than the fastest."""
+    return RIVALS_SHARE * max(plan.speed for plan in tier)
 
 
 def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, str | None]:
