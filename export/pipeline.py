@@ -194,14 +194,9 @@ def export(
             with within_card(device):
                 steered = None
                 if any(job.is_calibrated for job in jobs):
-                    place = workspace.partial
-                    steered = _calibration(
-                        source,
-                        Texts(texts(), config, contract, place, device),
-                        dtype,
-                        jobs,
-                        progress,
-                    )
+                    packed = Texts(texts(), config, contract, workspace.partial, device)
+                    steered = _calibration(source, packed, dtype, jobs, progress)
+                    del packed  # whose scratch goes with what was steered
                 hashes = write_groups(
                     source, identity, dtype, jobs, workspace, finished, progress, steered
                 )

@@ -68,17 +68,17 @@ class RecordedPasses:
             float32 ``[texts, hidden]`` on the device, until the next call.
         """
         self._passes += 1
-        last = self._seen.pop(shape, None)
+        is_new = self._seen.pop(shape, None) is None
         self._seen[shape] = self._passes
-        while self._seen and next(iter(self._seen.values())) < self._passes - _LONG_UNUSED:
-            del self._seen[next(iter(self._seen))]
+        while self._seen[oldest := next(iter(self._seen))] < self._passes - _LONG_UNUSED:
+            del self._seen[oldest]
         recording = self._recorded.pop(shape, None)
         if recording is not None and recording.is_whole:
             self._recorded[shape] = recording
             return recording.replay(hidden)
         compute, read = prepare()
         vectors = compute(hidden.to(self._device))
-        if last is not None and read is not None and self._works and self._has_room():
+        if not is_new and read is not None and self._works and self._has_room():
             self._add(shape, compute, read, hidden, vectors)
         return vectors
 
@@ -110,8 +110,9 @@ class RecordedPasses:
         try:
             expected = compute(other.to(self._device))
             recording = _Recording(self._record, compute, read, hidden.to(self._device))
-            is_right = _agree(recording.replay(other), expected)
-            is_right = _agree(recording.replay(hidden), vectors) and is_right
+            is_right = _agree(recording.replay(other), expected) and _agree(
+                recording.replay(hidden), vectors
+            )
         except (RuntimeError, MemoryError) as error:
             self._works = False
             reason = "memory is short" if is_out_of_memory(error) else str(error)

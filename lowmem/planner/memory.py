@@ -84,9 +84,10 @@ def _torch(
     """Torch maps weights on a CPU and copies them to a card; beside them lies what is at work."""
     weights = stored_bytes(config, formats)
     layer = largest_layer_bytes(config, formats)
-    has_triton = device_memory.has_triton(machine)
     if plan.device == "cuda":
+        has_triton = device_memory.has_triton(machine)
         scratch = device_memory.scratch_bytes(plan, config, formats)
+        scratch += device_memory.recorded_bytes(plan, config, formats, has_triton)
         activations = device_memory.activation_bytes(plan, config, formats, has_triton)
     else:
         scratch = _scratch_bytes(plan, config, formats)
@@ -103,7 +104,6 @@ def _torch(
     # torch rounds pinned memory up to powers of two.
     pinned = read * (1 << (layer - 1).bit_length()) if plan.schedule == "streamed" else 0
     host = TORCH_BASE_BYTES + CUDA_HOST_BYTES + pinned
-    work += device_memory.recorded_bytes(plan, config, formats, has_triton)
     return host, CUDA_CONTEXT_BYTES + folded + kept + resident + streamed + work
 
 
