@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from lowmem.artifact.formats import (
 )
 from lowmem.artifact.formats import bnb_nf4 as nf4_layout
 from lowmem.artifact.tensors import DTYPES, RawTensor
+from lowmem.compute.threads import lone_threads
 from lowmem.errors import BundleError
 
 # float32 temporaries of a block should stay in cache, and be large beside what a call costs: at a
@@ -167,10 +167,6 @@ def _by_rows(
         for suffix, part in parts.items():
             by_rows[suffix][begin : begin + count] = part.array.reshape(count, -1)
 
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(one, range(0, len(weight), rows)))
-    finally:
-        torch.set_num_threads(threads)
+    with lone_threads(torch.get_num_threads()) as pool:
+        list(pool.map(one, range(0, len(weight), rows)))
     return whole

@@ -36,6 +36,7 @@ from lowmem.compute.recorded_passes import (
     recording_lock,
 )
 from lowmem.compute.streaming import LayerStream
+from lowmem.compute.threads import helpers_let_go
 from lowmem.errors import BackendError, CapacityError
 from lowmem.text.batching import PREFIX_TOKENS, PackedBatch
 
@@ -90,6 +91,8 @@ class TorchEngine:
         self._config = checkpoint.config
         self._contract = contract
         self._device = device
+        # Of a card's operations little is divided on the host, and a query waits for all of it.
+        self._helpers = helpers_let_go if device == "cpu" else contextlib.nullcontext
         # Triton launches on whichever card is a thread's current one.
         self._card = torch.cuda.current_device() if device == "cuda" else None
         self._is_resident = schedule == "resident"
@@ -102,11 +105,12 @@ class TorchEngine:
             kept_layers = checkpoint.config.num_hidden_layers
         is_full = False
         try:
-            self._ops = _operations(checkpoint.config, device, compute)
-            self._fills_batches = device == "cpu" and _fills_batches(self._ops, checkpoint)
-            self._ends = _load_ends(checkpoint, device)
-            self._layers = LayerStream(checkpoint, device, kept_layers, drops_cache=drops_cache)
-            self._recorded = _records(device, schedule, contract)
+            with self._helpers():
+                self._ops = _operations(checkpoint.config, device, compute)
+                self._fills_batches = device == "cpu" and _fills_batches(self._ops, checkpoint)
+                self._ends = _load_ends(checkpoint, device)
+                self._layers = LayerStream(checkpoint, device, kept_layers, drops_cache=drops_cache)
+                self._recorded = _records(device, schedule, contract)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -141,7 +145,7 @@ class TorchEngine:
         check_float32()
         no_autocast = torch.autocast(self._device, enabled=False)
         card = contextlib.nullcontext() if self._card is None else torch.cuda.device(self._card)
-        with self._one_pass, card, torch.inference_mode(), no_autocast:
+        with self._one_pass, self._helpers(), card, torch.inference_mode(), no_autocast:
             if on_layer is not None:
                 return self._run(batches, on_layer)
             parts = [[batch] for batch in batches] if self._is_resident else [batches]

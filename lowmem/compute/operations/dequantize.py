@@ -8,7 +8,6 @@ than on the work, and far more while another process computes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.formats.bnb_nf4 import CODE_BOOK
 from lowmem.compute.operations.linear import Linear, largest_to_scales
+from lowmem.compute.threads import lone_threads
 
 _BLOCK_ELEMENTS = 2**18
 _DEVICE_BLOCK_ELEMENTS = 2**22  # enough to occupy a card, and little beside the weight itself
@@ -57,6 +57,9 @@ class Weights:
         return weight
 
 
+_pool = cache(lone_threads)
+
+
 def dequantize_into(weight: Tensor, linear: Linear) -> None:
     """Writes a linear's weight.
 
@@ -79,11 +82,8 @@ def dequantize_into(weight: Tensor, linear: Linear) -> None:
         for begin in range(0, linear.out_features, rows):
             one(begin)
         return
-    threads = torch.get_num_threads()
     # Each block is one task; list() waits for all and raises what any of them raised.
-    list(_pool(threads).map(one, range(0, linear.out_features, rows)))
-    # What a thread of the pool sets for itself is also the default of all threads to come.
-    torch.set_num_threads(threads)
+    list(_pool(torch.get_num_threads()).map(one, range(0, linear.out_features, rows)))
 
 
 def _dequantize_rows(block: Tensor, linear: Linear, begin: int, end: int) -> None:
@@ -149,9 +149,3 @@ def _nf4_pairs(device: torch.device) -> Tensor:
 def _as_pairs(first: Tensor, second: Tensor, device: torch.device) -> Tensor:
     pairs = torch.stack([first.float(), second.float()], dim=-1).view(torch.float64)
     return pairs[:, 0].contiguous().to(device)
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that each compute alone."""
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))

@@ -1,0 +1,127 @@
+"""lowmem.compute.threads."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier, Thread
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from lowmem.artifact.manifest import Bundle
+from lowmem.compute import threads as threads_module
+from lowmem.compute.engine import Runner
+from lowmem.compute.plan import Plan
+from lowmem.compute.threads import helpers_let_go, lone_threads
+
+
+@pytest.fixture(autouse=True)
+def _threads_stay_as_they_are() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def counts(pool: ThreadPoolExecutor, count: int) -> list[int]:
+    """In how many threads torch computes in each thread of a pool."""
+    all_answer = Barrier(count)
+
+    def answer() -> int:
+        all_answer.wait()
+        return torch.get_num_threads()
+
+    return [future.result() for future in [pool.submit(answer) for _ in range(count)]]
+
+
+def count_of_a_new_thread() -> int:
+    found: list[int] = []
+    later = Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_torch_divides_no_work_in_them_whatever_is_set_elsewhere_before_they_compute(
+    count: int,
+) -> None:
+    with lone_threads(count) as pool:
+        torch.set_num_threads(3)
+        assert counts(pool, count) == [1] * count
+
+
+def test_other_threads_may_compute_with_as_many_as_before() -> None:
+    torch.set_num_threads(3)
+    with lone_threads(4):
+        assert [torch.get_num_threads(), count_of_a_new_thread()] == [3, 3]
+    assert [torch.get_num_threads(), count_of_a_new_thread()] == [3, 3]
+
+
+def test_too_few_threads_are_an_error_and_none_is_left_waiting() -> None:
+    torch.set_num_threads(3)
+    started: list[Thread] = []
+    start = Thread.start
+
+    def refuse_the_third(thread: Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with patch.object(Thread, "start", refuse_the_third), pytest.raises(RuntimeError):
+        lone_threads(4)
+    for thread in started:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    assert [torch.get_num_threads(), count_of_a_new_thread()] == [3, 3]
+
+
+def threads_of_the_system() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def divided_work() -> None:
+    torch.ones(1_000_000, dtype=torch.float32, device="cpu").mul_(3)
+
+
+def test_helpers_end_behind_what_is_done_and_come_back() -> None:
+    torch.set_num_threads(3)
+    with helpers_let_go():
+        divided_work()
+    none = threads_of_the_system()
+    for _ in range(2):
+        with helpers_let_go():
+            divided_work()
+            assert threads_of_the_system() == none + 2
+        assert threads_of_the_system() == none
+
+
+def test_a_model_leaves_no_helpers_to_the_thread_that_opened_it_or_embedded(
+    tiny_bundle: Path,
+) -> None:
+    bundle = Bundle(tiny_bundle)
+    plan = Plan(
+        "fp16",
+        "torch",
+        "cpu",
+        "fp32",
+        schedule="resident",
+        threads=3,
+        batch_tokens=4096,
+        window_tokens=4096,
+    )
+    with helpers_let_go():
+        divided_work()
+    none = threads_of_the_system()
+    model = Runner(bundle, plan)
+    assert threads_of_the_system() == none
+    words = [f"the fox number {number} of many" for number in range(500)]
+    texts = model.tokenizer.encode(words, [""] * len(words))
+    none = threads_of_the_system()  # those of the tokenizer stay
+    with patch.object(threads_module, "_openmp_pause", return_value=None):
+        model.embed(texts, normalize=True)
+    assert threads_of_the_system() == none + 2
+    model.embed(texts, normalize=True)
+    assert threads_of_the_system() == none
