@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -33,6 +33,7 @@ from lowmem.artifact.weights import (
     module_shapes,
 )
 from lowmem.compute.operations.linear import to_torch
+from lowmem.compute.threads import lone_threads
 from lowmem.errors import BundleError
 from lowmem.progress import Progress
 
@@ -200,7 +201,7 @@ class _Behind:
     """Does one thing in a thread beside the caller; what fails is raised at a later call."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._pool = lone_threads(1)
         self._doing: Future[None] | None = None
 
     def __enter__(self) -> _Behind:
@@ -228,7 +229,7 @@ def _read_ahead(
 
     Nothing here keeps one that has been given.
     """
-    with ThreadPoolExecutor(max_workers=1) as reader:
+    with lone_threads(1) as reader:
         reading: deque[Future[RawTensor]] = deque()
         for name in names:
             reading.append(reader.submit(read_tensor, source, name, dtype))
