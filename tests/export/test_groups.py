@@ -4,8 +4,9 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
-from export.groups import _Behind, _write, _write_tensor
+from export.groups import _Behind, _read_ahead, _write, _write_tensor
 from export.job import Job
 from lowmem.artifact.formats import Int8Channel
 from lowmem.artifact.tensors import RawTensor
@@ -66,3 +67,23 @@ def test_a_linear_is_quantized_while_the_one_before_it_is_written() -> None:
         _write_tensor("b.weight", weight, job, writer, behind)  # type: ignore[arg-type]
         behind.wait()
     assert writer.names == ["a.weight", "a.weight_scale", "b.weight", "b.weight_scale"]
+
+
+def test_what_is_done_beside_the_arithmetic_has_no_helpers_that_would_slow_it() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    counts = []
+
+    class Source:
+        def tensor(self, name: str) -> RawTensor:
+            counts.append(torch.get_num_threads())
+            return RawTensor("F16", np.ones((4, 8), np.float16))
+
+    try:
+        list(_read_ahead(Source(), ["a", "b"], "F16"))  # type: ignore[arg-type]
+        with _Behind() as behind:
+            behind.do(lambda: counts.append(torch.get_num_threads()))
+        assert counts == [1, 1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
