@@ -1,7 +1,8 @@
 """What each step of quantization is worth: ``python benchmarks/quantizers.py [DIR]``.
 
-Every step quantizes SmolLM2 in a process of its own, and its vectors of the ``probe`` texts are
-compared with those of the 16-bit weights: all in float32, but for variants whose compute is 8 bits.
+Every step quantizes SmolLM2 in a process of its own, and its vectors of the ``probe`` texts, and
+their ten nearest others, are compared with those of the 16-bit weights: all in float32, but for
+variants whose compute is 8 bits.
 A step that leaves something out, or does it in another way, replaces one function of the export.
 
 llama.cpp quantizes the same 16-bit weights with its own quantizer (``pip install
@@ -46,12 +47,13 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
-from lowmem.fidelity import metrics
+from lowmem.fidelity import metrics, neighbours
 
 NAME = "quantizers"
 _SMALL_RIDGE = 1e-3
 """Of each input's own; it is doubled where float32 does not suffice, as ever."""
 TEXTS = "probe"
+NEIGHBOURS = 10
 LLAMA_TYPES = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 
 Measured = dict[str, Any]
@@ -241,9 +243,9 @@ class Site:
             onnx=False,
         )
         bits = Bundle(bundle).variant(step.variant).bits_per_weight["linears"]
-        cosine = self._cosine(embed(bundle, step.variant, step.compute))
         about = {"about": step.about, "variant": step.variant, "compute": step.compute}
-        return about | {"bits": bits, "cosine": cosine}
+        vectors = embed(bundle, step.variant, step.compute)
+        return about | {"bits": bits} | self._fidelity(vectors)
 
     def measure_llama(self, name: str) -> Measured:
         """One of llama.cpp's types."""
@@ -263,15 +265,17 @@ class Site:
         bits = 8 * sum(int(tensor.n_bytes) for tensor in linears) / weights
         bundle = self.directory / "bundles" / name
         run_export(open_source(path), bundle, contract(), variants=["fp16"], onnx=False)
-        return {
-            "about": f"llama.cpp {name}",
-            "bits": round(bits, 4),
-            "cosine": self._cosine(embed(bundle, "fp16", "fp32")),
-        }
+        about = {"about": f"llama.cpp {name}", "bits": round(bits, 4)}
+        return about | self._fidelity(embed(bundle, "fp16", "fp32"))
 
-    def _cosine(self, vectors: NDArray[np.float32]) -> dict[str, float]:
+    def _fidelity(self, vectors: NDArray[np.float32]) -> Measured:
+        """Cosines to the reference, and how many of the ten nearest texts stay."""
         reference = np.load(self.directory / "reference.npy")
-        return metrics.summary(metrics.cosines(reference, vectors))
+        before, now = (neighbours.find(each, NEIGHBOURS) for each in (reference, vectors))
+        return {
+            "cosine": metrics.summary(metrics.cosines(reference, vectors)),
+            "top10_overlap": neighbours.overlap(before, now, NEIGHBOURS),
+        }
 
 
 def contract() -> Contract:
