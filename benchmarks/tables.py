@@ -63,14 +63,14 @@ _STEPS = (
 
 def quantizers_table(record: dict[str, Any]) -> str:
     """One row per step of our quantizers, then one per type of llama.cpp's."""
-    lines = ["| | bits | mean | p5 | min |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| | bits | mean | p5 | min | top 10 |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     steps = [record["steps"][name] for name in _STEPS if name in record["steps"]]
     for one in (*steps, *sorted(record["llama_cpp"].values(), key=lambda one: one["bits"])):
         cosine = one["cosine"]
         title = f"`{one['variant']}`: {one['about']}" if "variant" in one else one["about"]
         lines.append(
             f"| {title} | {one['bits']:.2f} | {cosine['mean']:.4f} | {cosine['p5']:.4f} "
-            f"| {cosine['min']:.4f} |"
+            f"| {cosine['min']:.4f} | {one['top10_overlap']:.3f} |"
         )
     texts = record["texts"]
     return "\n".join([*lines, "", f"{texts['count']} texts ({texts['name']}). {_source(record)}"])
