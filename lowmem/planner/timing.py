@@ -32,6 +32,8 @@ _TIMEOUT_SECONDS = 600
 _DEVICE_REPEATS = 3
 RIVALS_SHARE = 0.85
 """Timings do not tell plans apart that reach more than so much of the fastest's speed."""
+# One run shows so much of a plan's speed at least, even in a slow moment of the machine.
+_UNSURE_SHARE = 0.7
 _RIVALS_RUNS = 2
 # A run so long has met quick and slow moments of the machine alike.
 _SURE_SECONDS = 10.0
@@ -130,7 +132,7 @@ class Stopwatch:
         return timed
 
     def time_rivals_again(self, plans: Sequence[Plan]) -> list[Plan]:
-        """Times resident plans again where one short run hardly tells them from the fastest.
+        """Times resident plans again that, by one short run, may yet be the fastest.
 
         Args:
             plans: Plans that :meth:`time` timed.
@@ -138,7 +140,7 @@ class Stopwatch:
         Returns:
             The plans in the same order, each as fast as the faster of its runs.
         """
-        least = RIVALS_SHARE * max((plan.speed for plan in plans), default=0.0)
+        least = _UNSURE_SHARE * max((plan.speed for plan in plans), default=0.0)
         rivals = [plan for plan in plans if plan.schedule == "resident" and plan.speed >= least]
         if len(rivals) < 2:
             return list(plans)
