@@ -304,6 +304,7 @@ def picture(steps: dict[str, Measured], llama: dict[str, Measured]) -> None:
     plain = {name: one for name, one in steps.items() if name.endswith("data-free")}
     # Where names stand beside their points, so that none stands on another.
     right, below, left = ((6, 3), "left"), ((6, -10), "left"), ((-6, -3), "right")
+    own = {"bnb-nf4": right, "bnb-nf4, data-free": ((-6, -13), "right")}
     for title, points, colour, marker, (place, side) in (
         ("lowmem", ours, "#2457a7", "o", below),
         ("lowmem, --calibration none", plain, "#7c98c4", "s", left),
@@ -317,7 +318,7 @@ def picture(steps: dict[str, Measured], llama: dict[str, Measured]) -> None:
             label=title,
         )
         for name, one in points.items():
-            offset, alignment = right if name == "bnb-nf4" else (place, side)
+            offset, alignment = own.get(name, (place, side))
             axes.annotate(
                 name.removesuffix(", data-free"),
                 (one["bits"], 1 - one["cosine"]["mean"]),
