@@ -2,8 +2,8 @@
 
 Every step quantizes SmolLM2 in a process of its own, and its vectors of the ``probe`` texts, and
 their ten nearest others, are compared with those of the 16-bit weights: all in float32, but for
-variants whose compute is 8 bits.
-A step that leaves something out, or does it in another way, replaces one function of the export.
+variants whose compute is 8 bits. A step that leaves something out, or does it in another way,
+replaces one function of the export.
 
 llama.cpp quantizes the same 16-bit weights with its own quantizer (``pip install
 llama-cpp-python``); token embeddings stay in 16 bits, as they do here. What it stored is widened by
@@ -48,12 +48,12 @@ from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
 from lowmem.data import Row
 from lowmem.fidelity import metrics, neighbours
+from lowmem.fidelity.report import NEIGHBOURS
 
 NAME = "quantizers"
 _SMALL_RIDGE = 1e-3
 """Of each input's own; it is doubled where float32 does not suffice, as ever."""
 TEXTS = "probe"
-NEIGHBOURS = 10
 LLAMA_TYPES = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 
 Measured = dict[str, Any]

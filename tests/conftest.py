@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from export.pipeline import export
 from export.sources import open_source
@@ -17,6 +18,15 @@ def cache_directory(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("LOWMEM_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def three_threads():
+    """Torch divides work in three, and afterwards as it did before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ Vectors = NDArray[np.float32]
 
 def runner(bundle: Bundle, variant: str = "fp16", compute: str = "fp32", **plan: Any) -> Runner:
     """A variant on torch on one thread, resident unless told otherwise."""
-    settings = {"schedule": "resident", "batch_tokens": 4096, "window_tokens": 4096, **plan}
-    return Runner(bundle, Plan(variant, "torch", "cpu", compute, threads=1, **settings))
+    settings = {"schedule": "resident", "batch_tokens": 4096, "window_tokens": 4096, "threads": 1}
+    return Runner(bundle, Plan(variant, "torch", "cpu", compute, **settings | plan))
 
 
 def encoded(model: Runner) -> list[EncodedText]:

@@ -19,12 +19,14 @@ from lowmem.errors import CapacityError
 from lowmem.hardware import Hardware
 from lowmem.planner import estimate, window
 from lowmem.planner.candidates import AUTO, Subject, Wishes, candidates, with_streamed_twins
-from lowmem.planner.timing import RIVALS_SHARE, Stopwatch
+from lowmem.planner.timing import Stopwatch
 from lowmem.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
 BUILT_IN_TEXTS = ("probe", "quick")
+# Timings do not tell plans apart that reach more than so much of the fastest's speed.
+_ALIKE_SHARE = 0.85
 # Mean cosines that are equal in so many digits do not tell plans apart.
 _MEAN_DIGITS = 3
 # Shorter instructions are computed with every text.
@@ -292,7 +294,7 @@ def _best_of(
 
 def _most_unlike(tier: Sequence[Plan]) -> float:
     """Most tokens a second of a plan that is surely slower than the fastest."""
-    return RIVALS_SHARE * max(plan.speed for plan in tier)
+    return _ALIKE_SHARE * max(plan.speed for plan in tier)
 
 
 def _explain(chosen: Plan, kind: str, rivals: int, floor: Floor) -> tuple[str, str | None]:

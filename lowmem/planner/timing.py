@@ -30,10 +30,8 @@ _CHARACTERS_PER_TOKEN = 4
 _TIMEOUT_SECONDS = 600
 # A pass on a card takes too little time for one of them to be sure of.
 _DEVICE_REPEATS = 3
-RIVALS_SHARE = 0.85
-"""Timings do not tell plans apart that reach more than so much of the fastest's speed."""
 # One run shows so much of a plan's speed at least, even in a slow moment of the machine.
-_UNSURE_SHARE = 0.7
+_RIVALS_SHARE = 0.7
 _RIVALS_RUNS = 2
 # A run so long has met quick and slow moments of the machine alike.
 _SURE_SECONDS = 10.0
@@ -140,7 +138,7 @@ class Stopwatch:
         Returns:
             The plans in the same order, each as fast as the faster of its runs.
         """
-        least = _UNSURE_SHARE * max((plan.speed for plan in plans), default=0.0)
+        least = _RIVALS_SHARE * max((plan.speed for plan in plans), default=0.0)
         rivals = [plan for plan in plans if plan.schedule == "resident" and plan.speed >= least]
         if len(rivals) < 2:
             return list(plans)

@@ -1,5 +1,7 @@
 """Dequantization in torch against the formats' own numpy form, which is the reference."""
 
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,17 @@ def test_blocks_of_any_size_change_nothing(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dequantize, "_BLOCK_ELEMENTS", block_elements)
         assert torch.equal(restored(weights, dtype), reference(weights).to(dtype))
+
+
+def test_threads_that_come_later_may_compute_with_as_many_threads_as_before() -> None:
+    dequantize._pool.cache_clear()  # its threads are yet to begin
+    threads = torch.get_num_threads()
+    restored(random_weights(Int8Channel(), 50, 192), torch.float32)
+    found = []
+    later = Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert [torch.get_num_threads(), *found] == [threads, threads]
 
 
 def test_every_byte_of_nf4_is_restored() -> None:

@@ -1,7 +1,6 @@
 """lowmem.compute.threads."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Thread
@@ -12,16 +11,10 @@ import torch
 
 from lowmem.artifact.manifest import Bundle
 from lowmem.compute import threads as threads_module
-from lowmem.compute.engine import Runner
-from lowmem.compute.plan import Plan
 from lowmem.compute.threads import helpers_let_go, lone_threads
+from tests.runners import runner
 
-
-@pytest.fixture(autouse=True)
-def _threads_stay_as_they_are() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("three_threads")
 
 
 def counts(pool: ThreadPoolExecutor, count: int) -> list[int]:
@@ -48,19 +41,17 @@ def test_torch_divides_no_work_in_them_whatever_is_set_elsewhere_before_they_com
     count: int,
 ) -> None:
     with lone_threads(count) as pool:
-        torch.set_num_threads(3)
+        torch.set_num_threads(4)
         assert counts(pool, count) == [1] * count
 
 
 def test_other_threads_may_compute_with_as_many_as_before() -> None:
-    torch.set_num_threads(3)
     with lone_threads(4):
         assert [torch.get_num_threads(), count_of_a_new_thread()] == [3, 3]
     assert [torch.get_num_threads(), count_of_a_new_thread()] == [3, 3]
 
 
 def test_too_few_threads_are_an_error_and_none_is_left_waiting() -> None:
-    torch.set_num_threads(3)
     started: list[Thread] = []
     start = Thread.start
 
@@ -90,7 +81,6 @@ def divided_work() -> None:
 @pytest.fixture
 def others() -> set[str]:
     """This process's threads when the test's own has no helpers, of which it would get two."""
-    torch.set_num_threads(3)
     with helpers_let_go():
         divided_work()
     return tasks()
@@ -108,10 +98,7 @@ def test_helpers_end_behind_what_is_done_and_come_back(others: set[str]) -> None
 def test_a_model_leaves_no_helpers_to_the_thread_that_opened_it_or_embedded(
     tiny_bundle: Path, others: set[str]
 ) -> None:
-    settings = {"threads": 3, "batch_tokens": 4096, "window_tokens": 4096}
-    model = Runner(
-        Bundle(tiny_bundle), Plan("fp16", "torch", "cpu", "fp32", "resident", **settings)
-    )
+    model = runner(Bundle(tiny_bundle), threads=3)
     assert tasks() <= others
     words = [f"the fox number {number} of many" for number in range(500)]
     texts = model.tokenizer.encode(words, [""] * len(words))

@@ -69,9 +69,8 @@ def test_a_linear_is_quantized_while_the_one_before_it_is_written() -> None:
     assert writer.names == ["a.weight", "a.weight_scale", "b.weight", "b.weight_scale"]
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_what_is_done_beside_the_arithmetic_has_no_helpers_that_would_slow_it() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
     counts = []
 
     class Source:
@@ -79,11 +78,8 @@ def test_what_is_done_beside_the_arithmetic_has_no_helpers_that_would_slow_it() 
             counts.append(torch.get_num_threads())
             return RawTensor("F16", np.ones((4, 8), np.float16))
 
-    try:
-        list(_read_ahead(Source(), ["a", "b"], "F16"))  # type: ignore[arg-type]
-        with _Behind() as behind:
-            behind.do(lambda: counts.append(torch.get_num_threads()))
-        assert counts == [1, 1, 1]
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
+    list(_read_ahead(Source(), ["a", "b"], "F16"))  # type: ignore[arg-type]
+    with _Behind() as behind:
+        behind.do(lambda: counts.append(torch.get_num_threads()))
+    assert counts == [1, 1, 1]
+    assert torch.get_num_threads() == 3
