@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowmem.artifact.manifest import Bundle
-from lowmem.compute.operations.dequantize import _int4_pairs, _nf4_pairs
+from lowmem.compute.operations.dequantize import _nf4_pairs
 from lowmem.compute.operations.int8 import is_exact_and_faster
 from lowmem.compute.operations.products import _fastest_float32
 from lowmem.errors import BackendError
@@ -74,7 +74,7 @@ def test_what_the_caller_makes_tensors_of_by_default_changes_no_vector(
     expected_of = runner(bundle, variant, compute, schedule=schedule)
     texts = encoded(expected_of)
     expected = expected_of.embed(texts, normalize=True)
-    for remembered in (_fastest_float32, _int4_pairs, _nf4_pairs, is_exact_and_faster):
+    for remembered in (_fastest_float32, _nf4_pairs, is_exact_and_faster):
         remembered.cache_clear()
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")

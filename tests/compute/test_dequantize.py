@@ -99,7 +99,6 @@ def test_blocks_of_any_size_change_nothing(
 
 
 def test_threads_that_come_later_may_compute_with_as_many_threads_as_before() -> None:
-    dequantize._pool.cache_clear()  # its threads are yet to begin
     threads = torch.get_num_threads()
     restored(random_weights(Int8Channel(), 50, 192), torch.float32)
     found = []
@@ -109,7 +108,10 @@ def test_threads_that_come_later_may_compute_with_as_many_threads_as_before() ->
     assert [torch.get_num_threads(), *found] == [threads, threads]
 
 
-def test_every_byte_of_nf4_is_restored() -> None:
+@pytest.mark.parametrize("threads", [1, 2, dequantize._DIVIDED_LOOK_UP_THREADS])
+@pytest.mark.usefixtures("three_threads")
+def test_every_byte_of_nf4_is_restored(threads: int) -> None:
+    torch.set_num_threads(threads)
     codes = np.arange(256, dtype=np.uint8).reshape(-1, 1)  # 512 weights, 8 blocks
     form = BnbNf4()
     weights = LinearWeights(
@@ -140,6 +142,16 @@ def test_every_code_of_a_grouped_format_is_restored() -> None:
             },
         )
         assert restored(weights, torch.float32).tolist() == (codes / 2).tolist()
+
+
+def test_every_byte_of_a_grouped_format_is_restored() -> None:
+    byte = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    scales = RawTensor("F16", np.array([[1], [2], [3], [5], [7], [11], [13], [17]], np.float16))
+    for bits, columns in ((4, 64), (8, 32)):
+        parts = {"weight_packed": RawTensor("I32", byte.view(np.int32)), "weight_scale": scales}
+        form = IntGrouped(bits=bits, group_size=columns)
+        weights = LinearWeights(form, 8, columns, parts)
+        assert torch.equal(restored(weights, torch.float32), reference(weights))
 
 
 def test_rows_of_zeros_stay_zeros() -> None:

@@ -1,8 +1,7 @@
 """Stored codes to a weight in the dtype that is computed in, a block of rows at a time.
 
-The formats' own numpy forms are the reference. On a CPU each block is one thread's: its few passes
-stay in that core's cache, and torch's own division of such small work would spend more on barriers
-than on the work, and far more while another process computes.
+The formats' own numpy forms are the reference. A block is a few operations that torch divides among
+its threads: to hand blocks to threads of our own took twice as long as all of that work.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from torch import Tensor
 from lowmem.artifact.formats import BnbInt8, BnbNf4, Int8Channel, IntGrouped, Plain
 from lowmem.artifact.formats.bnb_nf4 import CODE_BOOK
 from lowmem.compute.operations.linear import Linear, largest_to_scales
-from lowmem.compute.threads import lone_threads
 
-_BLOCK_ELEMENTS = 2**18
-_DEVICE_BLOCK_ELEMENTS = 2**22  # enough to occupy a card, and little beside the weight itself
+# Enough to occupy all threads, or a card, and little beside the weight itself.
+_BLOCK_ELEMENTS = 2**20
+_DEVICE_BLOCK_ELEMENTS = 2**22
+# From so many threads on torch's divided look-up is faster than its serial one.
+_DIVIDED_LOOK_UP_THREADS = 4
 
 
 class Weights:
@@ -57,9 +58,6 @@ class Weights:
         return weight
 
 
-_pool = cache(lone_threads)
-
-
 def dequantize_into(weight: Tensor, linear: Linear) -> None:
     """Writes a linear's weight.
 
@@ -70,20 +68,11 @@ def dequantize_into(weight: Tensor, linear: Linear) -> None:
     if isinstance(linear.format, Plain) and not _is_slow(weight, linear.tensors["weight"]):
         weight.copy_(linear.tensors["weight"])
         return
-    on_cpu = weight.device.type == "cpu"
-    rows = max(1, (_BLOCK_ELEMENTS if on_cpu else _DEVICE_BLOCK_ELEMENTS) // linear.in_features)
-
-    def one(begin: int) -> None:
-        with torch.inference_mode():
-            end = min(begin + rows, linear.out_features)
-            _dequantize_rows(weight[begin:end], linear, begin, end)
-
-    if not on_cpu:
-        for begin in range(0, linear.out_features, rows):
-            one(begin)
-        return
-    # Each block is one task; list() waits for all and raises what any of them raised.
-    list(_pool(torch.get_num_threads()).map(one, range(0, linear.out_features, rows)))
+    elements = _BLOCK_ELEMENTS if weight.device.type == "cpu" else _DEVICE_BLOCK_ELEMENTS
+    rows = max(1, elements // linear.in_features)
+    for begin in range(0, linear.out_features, rows):
+        end = min(begin + rows, linear.out_features)
+        _dequantize_rows(weight[begin:end], linear, begin, end)
 
 
 def _dequantize_rows(block: Tensor, linear: Linear, begin: int, end: int) -> None:
@@ -93,25 +82,23 @@ def _dequantize_rows(block: Tensor, linear: Linear, begin: int, end: int) -> Non
         _dequantize_rows(wide, linear, begin, end)
         block.copy_(wide)
         return
+    # Codes are copied before they are scaled: a product of two dtypes takes torch longer than both.
     form, tensors = linear.format, linear.tensors
     if isinstance(form, Plain):
         block.copy_(tensors["weight"][begin:end])
     elif isinstance(form, Int8Channel):
-        torch.mul(tensors["weight"][begin:end], tensors["weight_scale"][begin:end], out=block)
+        block.copy_(tensors["weight"][begin:end]).mul_(tensors["weight_scale"][begin:end])
     elif isinstance(form, BnbInt8):
         scales = largest_to_scales(tensors["SCB"][begin:end, None])
-        torch.mul(tensors["weight"][begin:end], scales, out=block)
+        block.copy_(tensors["weight"][begin:end]).mul_(scales)
     elif isinstance(form, IntGrouped):
         packed = tensors["weight_packed"][begin:end].view(torch.uint8)
-        if form.bits == 4:
-            _look_up(block, packed, _int4_pairs(block.device))
-        else:
-            block.copy_(packed).sub_(1 << (form.bits - 1))  # uint8 arithmetic would wrap
+        block.copy_(_halves(packed) if form.bits == 4 else (packed ^ 0x80).view(torch.int8))
         scales = tensors["weight_scale"][begin:end, :, None].float()
         block.unflatten(-1, (-1, form.group_size)).mul_(scales)
     elif isinstance(form, BnbNf4):
         first, last = begin * linear.in_features, end * linear.in_features
-        _look_up(block, tensors["weight"][first // 2 : last // 2], _nf4_pairs(block.device))
+        _look_up(block, tensors["weight"][first // 2 : last // 2])
         scales = tensors["weight.absmax"][first // form.group_size : last // form.group_size]
         block.view(-1, form.group_size).mul_(scales[:, None])
     else:
@@ -127,25 +114,32 @@ def _is_slow(weight: Tensor, stored: Tensor) -> bool:
     return weight.device.type == "cpu" and both == {torch.float16, torch.bfloat16}
 
 
-def _look_up(block: Tensor, packed: Tensor, pairs: Tensor) -> None:
-    """Writes both values of each byte; a pair of float32 moves as one float64."""
-    torch.index_select(pairs, 0, packed.reshape(-1).int(), out=block.view(torch.float64).view(-1))
+def _halves(packed: Tensor) -> Tensor:
+    """The codes -8 to 7 of bytes whose low half is the first: ``[..., n]`` to int8 ``[..., 2n]``.
+
+    A byte is widened to 16 bits in which each half comes to stand in a byte of its own.
+    """
+    wide = packed.to(torch.int16)
+    wide |= wide << 4
+    wide &= 0x0F0F
+    wide += 0x7878  # 8 less than 0x80 for each, which flips the sign
+    wide ^= -0x7F80  # 0x8080 in 16 bits
+    return wide.view(torch.int8)
 
 
-@cache
-def _int4_pairs(device: torch.device) -> Tensor:
-    """Both codes of every byte, the low nibble first, as pairs of float32 in ``[256]`` float64."""
-    byte = torch.arange(256, device="cpu")
-    return _as_pairs((byte & 15) - 8, (byte >> 4) - 8, device)
+def _look_up(block: Tensor, packed: Tensor) -> None:
+    """Writes both values of each byte of NF4; a pair of float32 moves as one float64."""
+    pairs, values = _nf4_pairs(block.device), block.view(torch.float64).view(-1)
+    codes = packed.reshape(-1)
+    if block.device.type == "cpu" and torch.get_num_threads() >= _DIVIDED_LOOK_UP_THREADS:
+        torch.take(pairs, codes.long(), out=values)
+    else:
+        torch.index_select(pairs, 0, codes.int(), out=values)
 
 
 @cache
 def _nf4_pairs(device: torch.device) -> Tensor:
-    """Both values of every byte, the high nibble first, as pairs of float32 in ``[256]``."""
+    """Both values of every byte, the high half first: two float32 as a float64, ``[256]``."""
     book, byte = torch.from_numpy(CODE_BOOK), torch.arange(256, device="cpu")
-    return _as_pairs(book[byte >> 4], book[byte & 15], device)
-
-
-def _as_pairs(first: Tensor, second: Tensor, device: torch.device) -> Tensor:
-    pairs = torch.stack([first.float(), second.float()], dim=-1).view(torch.float64)
+    pairs = torch.stack([book[byte >> 4], book[byte & 15]], dim=-1).view(torch.float64)
     return pairs[:, 0].contiguous().to(device)
