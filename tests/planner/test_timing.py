@@ -111,6 +111,19 @@ def test_a_slow_moment_in_its_only_run_keeps_no_plan_from_being_timed_again(stop
     assert not any(runs.values())
 
 
+def test_the_second_run_is_the_longer(stopwatch, monkeypatch):
+    asked = []
+
+    def measure(bundle, plan, rows, *, least_seconds, **_):
+        asked.append(least_seconds)
+        return took(1.0)
+
+    monkeypatch.setattr(timing, "measure", measure)
+    this = stopwatch()
+    this.time_rivals_again(this.time([FP16, INT8]))
+    assert asked == [1.0, 1.0, 4.0, 4.0]
+
+
 def test_the_choice_is_by_both_runs(tiny_bundle, runs):
     runs |= {"int8": [took(1.0), took(1.1), took(1.125), took(0.9)]}  # fp32 first, then int8
     found = choose(Bundle(tiny_bundle), wishes=TWO_PLANS, floor=FLOOR, machine=HOST)
