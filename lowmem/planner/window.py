@@ -17,7 +17,7 @@ from pathlib import Path
 from lowmem.compute.plan import Plan
 from lowmem.hardware import Hardware
 from lowmem.planner import memory
-from lowmem.planner.candidates import Subject, with_memory
+from lowmem.planner.candidates import HOST_MARGIN_BYTES, Subject, with_memory
 
 # A disk or a bus is not always as fast as it was while it was measured.
 MARGIN = 1.5
@@ -52,7 +52,7 @@ def sized(
     if plan.device == "cuda":
         left = machine.gpus[0].free_bytes - least.device_bytes
     else:
-        left = machine.host_free_bytes - least.host_bytes
+        left = machine.host_free_bytes - HOST_MARGIN_BYTES - least.host_bytes
     more = _predicted(plan, 2, subject, machine)
     batch_bytes = more.host_bytes + more.device_bytes - least.host_bytes - least.device_bytes
     most = 1 + max(0, left) // batch_bytes

@@ -7,7 +7,7 @@ from lowmem.artifact.config_file import config_json
 from lowmem.artifact.variants import VARIANTS, formats_for
 from lowmem.errors import BackendError, InputError
 from lowmem.hardware import Gpu, Hardware
-from lowmem.planner.candidates import Subject, Wishes, candidates
+from lowmem.planner.candidates import HOST_MARGIN_BYTES, Subject, Wishes, candidates
 from tests.shapes import SEVEN_B
 
 GIB = 2**30
@@ -88,6 +88,16 @@ def test_a_cpu_plan_whose_mapped_weights_do_not_stay_in_memory_is_streamed():
     assert found["int4-torch-cpu-fp32-resident"].dropped is None
     asked = plans(TINY, schedule="resident")
     assert asked["fp16-torch-cpu-fp32-resident"].dropped is None
+
+
+@pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False)])
+def test_a_plan_leaves_the_host_what_its_prediction_may_be_surpassed_by(missing, fits):
+    wishes = {"variant": "int4", "engine": "torch", "compute": "fp32", "schedule": "resident"}
+    ((plan_id, plan),) = plans(TINY, **wishes).items()
+    free = plan.host_bytes + HOST_MARGIN_BYTES - missing
+    found = plans(replace(TINY, host_free_bytes=free), **wishes)[plan_id]
+    assert (found.dropped is None) == fits
+    assert fits or found.dropped.startswith("needs ")
 
 
 def test_a_streamed_plan_keeps_the_layers_that_fit():

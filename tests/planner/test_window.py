@@ -13,7 +13,7 @@ from lowmem.compute.plan import Plan
 from lowmem.hardware import Gpu, Hardware
 from lowmem.measure import Record
 from lowmem.planner import memory, timing, window
-from lowmem.planner.candidates import Subject, Wishes
+from lowmem.planner.candidates import HOST_MARGIN_BYTES, Subject, Wishes
 from lowmem.planner.cards import describe
 from lowmem.planner.choice import foresee
 from lowmem.planner.timing import Stopwatch
@@ -56,7 +56,7 @@ def test_memory_bounds_the_window_and_the_reason_says_so(device):
     host, on_device = memory.predict(plan.with_(window_tokens=1000), SEVEN_B, FORMATS["fp16"], HOST)
     hidden = 4 * 4096 * 1000
     free = (host if device == "cpu" else on_device) + 3 * hidden
-    machine = replace(HOST, host_free_bytes=max(host, free))
+    machine = replace(HOST, host_free_bytes=max(host, free) + HOST_MARGIN_BYTES)
     machine = replace(machine, gpus=(Gpu("small", free, free, (8, 6)),))
     bounded = sized(plan, machine, speed=50_000)
     assert bounded.window_tokens == 4000
