@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,14 @@ class Embedder:
         if not 0 <= repeated < 1:
             raise InputError(f"repeated must be at least 0 and below 1, got {repeated}")
         opened = Bundle(Path(bundle))
-        choice = choose(
-            opened,
-            wishes=Wishes(variant, engine, device, compute, schedule),
-            floor=parse_floor(floor),
-            repeated=repeated,
-            progress=Steps() if show_progress_bar else silent,
-        )
+        with Steps() if show_progress_bar else nullcontext(silent) as progress:
+            choice = choose(
+                opened,
+                wishes=Wishes(variant, engine, device, compute, schedule),
+                floor=parse_floor(floor),
+                repeated=repeated,
+                progress=progress,
+            )
         plan = choice.get()
         if choice.warning:
             logger.warning("%s", choice.warning)
@@ -143,7 +145,8 @@ class Embedder:
             batch_size: Most texts of a pass, or None for the plan's token budget alone.
             show_progress_bar: Whether to show progress on stderr.
             normalize_embeddings: Whether vectors have unit length; None follows the contract.
-            truncate_dim: How many leading dimensions to keep; what is kept is normalised again.
+            truncate_dim: How many leading dimensions to keep; of vectors of unit length what is
+                kept is normalised again.
             truncate: Whether to cut texts that are too long, instead of refusing them.
 
         Returns:
@@ -264,7 +267,12 @@ class Embedder:
             normalize = normalize_embeddings
         with bar("embedding", len(encoded), shown=show_progress_bar) as advance:
             vectors = self._runner.embed(
-                encoded, normalize=normalize, batch_size=batch_size, on_texts=advance, out=out
+                encoded,
+                normalize=normalize,
+                batch_size=batch_size,
+                names=names,
+                on_texts=advance,
+                out=out,
             )
         if truncate_dim is None:
             return vectors

@@ -47,6 +47,25 @@ def missing_extra(package: str, extra: str, purpose: str) -> BackendError:
     )
 
 
+def import_failure(
+    error: ImportError, module: str, package: str, extra: str, purpose: str
+) -> BackendError:
+    """Returns the error for an optional module that could not be imported: missing, or broken.
+
+    Args:
+        error: What the import raised.
+        module: What was imported.
+        package: As for :func:`missing_extra`, like all that follow.
+        extra: The extra of ``lowmem`` that brings it.
+        purpose: What it was wanted for.
+    """
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module:
+        return missing_extra(package, extra, purpose)
+    return BackendError(
+        f"{purpose} needs the package {package}, which cannot be imported: {reason_of(error)}"
+    )
+
+
 def reason_of(error: Exception) -> str:
     """Returns what the system or a library says of an error, on one line."""
     said = getattr(error, "strerror", None) or str(error)

@@ -70,12 +70,23 @@ def _plain_lines(what: str, total: int) -> Callable[[int], None]:
 
 
 class Steps:
-    """Steps of several works, one after another: a ``Progress`` that writes them to stderr."""
+    """Steps of several works, one after another: a ``Progress`` that writes them to stderr.
+
+    As a context manager it takes its line off the terminal again.
+    """
 
     def __init__(self) -> None:
         self._what = ""
         self._told: set[str] = set()
         self._first, self._start, self._shown_at = 0, 0.0, 0.0
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._what and sys.stderr.isatty():
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Shows a step that begins, and how long the rest will take by the steps before it."""
@@ -86,8 +97,7 @@ class Steps:
         left = (now - self._start) / finished * (total - done) if finished else None
         about = "" if left is None else f", about {duration_text(left)} left"
         if sys.stderr.isatty():
-            line = f"{what}: {done} of {total}{about}"
-            sys.stderr.write(f"\r\033[K{line}" if done < total - 1 else "\r\033[K")
+            sys.stderr.write(f"\r\033[K{what}: {done} of {total}{about}")
         elif what not in self._told:
             self._told.add(what)
             sys.stderr.write(f"{what}: {total} step{'s' if total > 1 else ''}\n")

@@ -1,5 +1,7 @@
 """What is told of long work where stderr is no terminal."""
 
+import sys
+
 import pytest
 
 from lowmem import progress
@@ -66,4 +68,17 @@ def test_a_bar_that_is_not_shown_says_nothing(
     with progress.bar("embedding", 1, shown=False) as advance:
         clock.now += 100
         advance(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_a_step_is_shown_until_all_are_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.Steps() as steps:
+        steps("timing plans", 0, 1)
+        assert capsys.readouterr().err == "\r\033[Ktiming plans: 0 of 1"
+    assert capsys.readouterr().err == "\r\033[K"
+    with progress.Steps():
+        pass
     assert capsys.readouterr().err == ""

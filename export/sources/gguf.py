@@ -23,7 +23,7 @@ from lowmem.artifact.config_file import parse_config
 from lowmem.artifact.tensors import RawTensor, StoredTensor, some_names
 from lowmem.artifact.weights import EMBEDDING, FINAL_NORM
 from lowmem.disk import shown_name
-from lowmem.errors import BundleError, missing_extra
+from lowmem.errors import BundleError, import_failure
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -193,7 +193,7 @@ def _library() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise missing_extra("gguf", "export", "reading .gguf files") from error
+        raise import_failure(error, "gguf", "gguf", "export", "reading .gguf files") from error
     return gguf
 
 

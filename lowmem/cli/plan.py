@@ -58,14 +58,15 @@ def plan(
         found = Subject.of_bundle(bundle) if bundle else Subject.of_checkpoint(directory)
         choice = foresee(found, machine=machine, wishes=wishes, floor=least, bundle=bundle)
     else:
-        choice = choose(
-            bundle,
-            wishes=wishes,
-            floor=least,
-            machine=machine,
-            time_all=True,
-            progress=Steps(),
-        )
+        with Steps() as progress:
+            choice = choose(
+                bundle,
+                wishes=wishes,
+                floor=least,
+                machine=machine,
+                time_all=True,
+                progress=progress,
+            )
     if as_json:
         typer.echo(json.dumps(to_json(choice), indent=2))
         return
@@ -89,8 +90,7 @@ def table(choice: Choice) -> str:
     """The plans as text, at most 80 columns wide but for reasons."""
     machine = choice.machine
     lines = [
-        f"{machine.cpu_name}, {machine.cpu_threads} threads, "
-        f"{options.size_text(machine.host_free_bytes)} free",
+        f"{machine.words()}, {options.size_text(machine.host_free_bytes)} free",
         *(
             f"{gpu.name}, {options.size_text(gpu.free_bytes)} of "
             f"{options.size_text(gpu.total_bytes)} free{' (described)' if gpu.rates else ''}"

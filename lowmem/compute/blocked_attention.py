@@ -72,10 +72,10 @@ def _blocks(tokens: int, share: int) -> Iterator[_Block]:
         tokens: Of the text.
         share: Query heads of a key head.
     """
-    begin = 0
+    begin, fewest = 0, max(1, FEWEST_BLOCK_HEADS // share)
     while begin < tokens:
         queries, keys = BLOCK_QUERIES, keys_multiplied(begin + BLOCK_QUERIES)
-        while queries * share > FEWEST_BLOCK_HEADS and queries * share * keys > BLOCK_SCORES:
+        while queries > fewest and queries * share * keys > BLOCK_SCORES:
             queries //= 2
             keys = keys_multiplied(begin + queries)
         yield _Block(begin, queries, keys)

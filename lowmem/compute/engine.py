@@ -84,6 +84,7 @@ class Runner:
         *,
         normalize: bool,
         batch_size: int | None = None,
+        names: Sequence[str] | None = None,
         must_be_finite: bool = True,
         on_texts: Callable[[int], None] = lambda texts: None,
         out: Vectors | None = None,
@@ -94,6 +95,7 @@ class Runner:
             texts: The texts; equal ones are computed once.
             normalize: Whether vectors get unit length.
             batch_size: Most texts of a pass, or None for the token budget alone.
+            names: What to call each text in an error.
             must_be_finite: Whether NaN or infinity is an error, as it is for every caller but one
                 that counts such vectors.
             on_texts: Told how many of the texts have just been finished.
@@ -141,17 +143,22 @@ class Runner:
             for batch, embedded in zip(packed, self._engine.embed(packed), strict=True):
                 is_broken[batch.rows] = ~np.isfinite(embedded).all(axis=1)
                 vectors[batch.rows] = unit_length(embedded) if is_scaled else embedded
+            if must_be_finite and is_broken.any():
+                raise self._not_finite(np.flatnonzero(is_broken[first_rows]), names)
             on_texts(sum(int(copies[batch.rows].sum()) for batch in packed))
         for row in np.flatnonzero(first_rows != np.arange(len(texts))):
             vectors[row] = vectors[first_rows[row]]
-        broken = np.flatnonzero(is_broken[first_rows])
-        if must_be_finite and len(broken):
-            more = f" and {len(broken) - _MOST_NAMED} more" if len(broken) > _MOST_NAMED else ""
-            raise BackendError(
-                f"the plan {self.plan.id} gave vectors that are not finite, for texts "
-                f"{', '.join(map(str, broken[:_MOST_NAMED]))}{more}: choose another compute"
-            )
         return vectors
+
+    def _not_finite(self, rows: NDArray[np.int64], names: Sequence[str] | None) -> BackendError:
+        """The error for such vectors, as many as have been computed."""
+        more = f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else ""
+        first = rows[:_MOST_NAMED].tolist()
+        named = ", ".join(names[row] if names else str(row) for row in first)
+        return BackendError(
+            f"the plan {self.plan.id} gave vectors that are not finite, for "
+            f"{'' if names else 'texts '}{named}{more}: choose another compute"
+        )
 
     @property
     def waited_seconds(self) -> float:

@@ -27,7 +27,7 @@ from lowmem.artifact.contract import Contract
 from lowmem.artifact.formats import Int8Channel, Plain
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.heap import passing_blocks_given_back
-from lowmem.errors import BackendError, BundleError, CapacityError, missing_extra
+from lowmem.errors import BackendError, BundleError, CapacityError, import_failure
 from lowmem.text.batching import PackedBatch
 
 logger = logging.getLogger(__name__)
@@ -152,13 +152,14 @@ def import_onnxruntime(device: str) -> Any:
     """The module, checked to have a provider for the device.
 
     Raises:
-        BackendError: It is not installed, or is a build without that provider.
+        BackendError: It is not installed, cannot be imported, or is a build without that provider.
     """
     package, extra = ("onnxruntime-gpu", "cuda") if device == "cuda" else ("onnxruntime", "cpu")
     try:
         import onnxruntime
     except ImportError as error:
-        raise missing_extra(package, extra, "an onnxruntime plan") from error
+        purpose = "an onnxruntime plan"
+        raise import_failure(error, "onnxruntime", package, extra, purpose) from error
     providers = onnxruntime.get_available_providers()
     if _PROVIDERS[device] not in providers:
         raise BackendError(

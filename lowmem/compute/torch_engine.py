@@ -161,7 +161,7 @@ class TorchEngine:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self._ran_out(tokens)
+            self._ran_out(tokens, counts=texts > 1)
         if texts == 1:
             whole = batches[0].without_prefixes().tokens
             raise CapacityError(
@@ -175,16 +175,19 @@ class TorchEngine:
         halves = [self._run_within_memory([half])[0] for half in batches[0].split()]
         return [np.concatenate(halves)]
 
-    def _ran_out(self, tokens: int) -> None:
-        """Once may be another process's doing; from the second time on passes are smaller."""
+    def _ran_out(self, tokens: int, *, counts: bool = True) -> None:
+        """Once may be another process's doing; from the second time on passes are smaller.
+
+        What is too much for a text alone says nothing of passes over many.
+        """
         if self._recorded is not None:
             self._recorded.clear()
         if self._device == "cuda":
             with recording_lock:
                 torch.cuda.empty_cache()
-        self._times_out_of_memory += 1
-        if self._times_out_of_memory > 1:
-            self._most_tokens = max(1, tokens // 2)
+        self._times_out_of_memory += counts
+        if counts and self._times_out_of_memory > 1:
+            self._most_tokens = min(tokens // 2, self._most_tokens or tokens)
             logger.warning(
                 "memory of the %s device ran out again: a pass has at most %d tokens from now on",
                 self._device,

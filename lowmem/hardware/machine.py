@@ -105,6 +105,12 @@ class Hardware:
         """What an error says where a card was asked for and there is none."""
         return f"there is no CUDA device: {self.gpu_problem or 'none is visible'}"
 
+    def words(self, device: str = "cpu") -> str:
+        """What a plan on a device runs on, for people: its card and driver, if any, first."""
+        gpu = self.gpus[0] if device == "cuda" and self.gpus else None
+        card = "" if gpu is None else f"{gpu.name} (driver {gpu.driver_version or 'unknown'}), "
+        return f"{card}{self.cpu_name}, {self.cpu_threads} threads"
+
     @property
     def has_native_bf16(self) -> bool:
         """Multiplies bf16 in hardware; elsewhere bf16 is widened first, and fp32 is faster."""

@@ -270,4 +270,5 @@ def _onnx(plan: Plan, config: ModelConfig, formats: Mapping[str, Format]) -> tup
         # transposed, and without VNNI made unsigned.
         return ONNX_BASE_BYTES + packed + folded + widened + max(activations, largest_copied), 0
     host = ONNX_BASE_BYTES + CUDA_HOST_BYTES
-    return host, CUDA_CONTEXT_BYTES + packed + folded + widened + activations
+    table = 2 * config.vocab_size * config.hidden_size  # looked up in on the card
+    return host, CUDA_CONTEXT_BYTES + packed + table + folded + widened + activations

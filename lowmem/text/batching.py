@@ -64,7 +64,8 @@ class PackedBatch:
         cu_seqlens: ``[texts + 1]``, where each text begins in ``input_ids``.
         pooling_mask: ``[tokens]``, the tokens whose hidden states are pooled.
         rows: ``[texts]``, whose vectors these are.
-        sections: What stands before the texts, in their order; no two have the same prefix.
+        sections: What stands before the texts, in their order; no two have the same prefix, but
+            that what fills a batch has none.
     """
 
     input_ids: Ids

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import InputError, missing_extra
+from lowmem.errors import InputError, import_failure
 
 
 def known_suffix(path: Path, role: str, known: Mapping[str, object]) -> str:
@@ -34,10 +34,11 @@ def load_pyarrow(doing: str) -> Any:
         doing: What it is wanted for: "reading" or "writing".
 
     Raises:
-        BackendError: It is not installed.
+        BackendError: It is not installed, or cannot be imported.
     """
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise missing_extra("pyarrow", "files", f"{doing} a .parquet file") from error
+        purpose = f"{doing} a .parquet file"
+        raise import_failure(error, "pyarrow", "pyarrow", "files", purpose) from error
     return pyarrow

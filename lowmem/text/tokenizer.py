@@ -7,9 +7,10 @@ in front of its EOS.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as PieceTokenizer
@@ -56,6 +57,7 @@ class Tokenizer:
             self._pieces = PieceTokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise BundleError(f"{path} is not a tokenizer.json: {error}") from error
+        self._path = path
         self._pieces.no_truncation()
         self._pieces.no_padding()
         self._contract = contract
@@ -92,6 +94,7 @@ class Tokenizer:
         Raises:
             InputError: A text is empty, is not valid Unicode, or is over the limit; all such
                 texts are named, up to ten. A prompt leaves no room for a text.
+            BundleError: The tokenizer contradicts itself.
         """
         names = names or [f"text {row}" for row in range(len(texts))]
         bad = [
@@ -151,8 +154,15 @@ class Tokenizer:
         lengths = [len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
         for part in _parts(lengths):
             whole = [prompt + text for prompt, text in zip(prompts[part], texts[part], strict=True)]
-            for encoding in self._pieces.encode_batch_fast(whole, add_special_tokens=False):
+            for encoding in self._bare(self._pieces.encode_batch_fast, whole):
                 yield encoding.ids
+
+    def _bare(self, encode: Callable[..., Any], texts: str | list[str]) -> Any:
+        """Without special tokens; parts that contradict each other show it only here."""
+        try:
+            return encode(texts, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(f"{self._path} cannot encode a text: {error}") from error
 
     def _with_special_tokens(self, pieces: Sequence[int]) -> Ids:
         bos, eos = self._contract.bos_token_id, self._contract.eos_token_id
@@ -162,14 +172,14 @@ class Tokenizer:
 
     def _prompt(self, prompt: str) -> _Prompt:
         contract = self._contract
-        pieces = self._pieces.encode(prompt, add_special_tokens=False).ids
+        pieces = self._bare(self._pieces.encode, prompt).ids
         if len(pieces) + contract.special_tokens >= contract.max_seq_length:
             raise InputError(
                 f"the prompt leaves no room for a text within max_seq_length="
                 f"{contract.max_seq_length}: {prompt!r:.60}"
             )
         before = [] if contract.bos_token_id is None else [contract.bos_token_id]
-        instruction = self._pieces.encode(prompt.rstrip(" "), add_special_tokens=False).ids
+        instruction = self._bare(self._pieces.encode, prompt.rstrip(" ")).ids
         return _Prompt(len(before) + len(instruction), np.array([*before, *pieces[:-1]], np.int64))
 
 

@@ -11,7 +11,12 @@ from lowmem.compute import attention
 from lowmem.compute.attention import Spans, attend
 from lowmem.compute.blocked_attention import attend_in_blocks
 from lowmem.compute.operations import attention_forms, int8, plain, products, trials
-from lowmem.compute.plan import BLOCK_QUERIES, SHORTEST_BLOCKED, keys_multiplied
+from lowmem.compute.plan import (
+    BLOCK_QUERIES,
+    FEWEST_BLOCK_HEADS,
+    SHORTEST_BLOCKED,
+    keys_multiplied,
+)
 from tests.compute.test_attention import heads, slow_attend
 from tests.tolerances import ATTENTION, NARROW_ATTENTION
 
@@ -180,3 +185,12 @@ def test_operations_use_them_from_where_they_are_faster(
         assert torch.equal(ops.attend(query, key, value, spans), expected)
     rival = torch.float32 if math.isinf(narrow_from) else torch.bfloat16
     assert asked == [torch.float32, rival]
+
+
+def test_a_key_head_may_be_shared_by_more_heads_than_a_block_has() -> None:
+    share = 2 * FEWEST_BLOCK_HEADS
+    query, key, value = (heads(4200, each, 4, seed) for seed, each in enumerate((share, 1, 1)))
+    got = attend_in_blocks(query, key, value)[-1]
+    scores = torch.einsum("hd,kd->hk", query[-1].double(), key[:, 0].double()) / 2
+    expected = scores.softmax(-1) @ value[:, 0].double()
+    assert float((got - expected).abs().max()) <= ATTENTION

@@ -86,3 +86,15 @@ def test_what_the_caller_makes_tensors_of_by_default_changes_no_vector(
     # A trial may choose the other of two libraries.
     allowed = INVARIANCE * (ROUNDED_INVARIANCE_FACTOR if compute == "int8" else 1)
     assert cosine_distances(found, expected).max() < allowed
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+@pytest.mark.parametrize("mode", ["BF16", "any"])
+def test_an_environment_that_makes_onednn_coarser_is_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
+) -> None:
+    monkeypatch.setenv(name, "STRICT")
+    runner(bundle)
+    monkeypatch.setenv(name, mode)
+    with pytest.raises(BackendError, match=f"must be float32, and {name}={mode} is set: unset it"):
+        runner(bundle)

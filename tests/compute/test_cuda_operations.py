@@ -341,3 +341,23 @@ def test_vectors_are_near_those_of_the_plain_form(
     got = torch.from_numpy(model.embed(texts, normalize=True))
     distance = (got - expected).norm(dim=1).median()
     assert float(distance) <= NEAR[compute]
+
+
+def test_a_caller_that_sums_in_16_bits_changes_no_other_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    plain = torch.nn.functional.linear
+
+    def watched(*arguments: Tensor) -> Tensor:
+        seen.append(torch.backends.cuda.matmul.allow_fp16_accumulation)
+        return plain(*arguments)
+
+    monkeypatch.setattr(cuda_products.F, "linear", watched)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        operations("fp16").project_add(noise(2, 192), linear(Plain("F16")), torch.zeros(2, 40), 0)
+        assert torch.backends.cuda.matmul.allow_fp16_accumulation
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    assert seen == [False]

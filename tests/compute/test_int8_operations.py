@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem.artifact.formats import BnbInt8, Int8Channel
+from lowmem.artifact.formats import BnbInt8, Int8Channel, Plain
 from lowmem.artifact.tensors import RawTensor
 from lowmem.artifact.weights import LinearWeights
 from lowmem.compute.operations import int8, trials
@@ -158,3 +158,12 @@ def test_only_the_faster_form_is_used(winner: str, monkeypatch: pytest.MonkeyPat
     int8.is_exact_and_faster.cache_clear()
     assert int8.is_exact_and_faster(1) == (winner == "int8")
     int8.is_exact_and_faster.cache_clear()
+
+
+def test_an_mlp_whose_last_linear_is_stored_otherwise_is_that_of_the_plain_form() -> None:
+    hidden, norm = noise(300, HIDDEN), 1 + 0.1 * noise(HIDDEN, seed=2)
+    gate, up = linear(INNER, HIDDEN, seed=3), linear(INNER, HIDDEN, seed=4)
+    weight = RawTensor("F16", noise(HIDDEN, INNER, seed=5).half().numpy())
+    down = Linear.load(LinearWeights(Plain("F16"), HIDDEN, INNER, {"weight": weight}), to_torch)
+    fast, plain = (ops.gated_mlp(hidden, norm, gate, up, down, 0) for ops in forms())
+    assert torch.equal(fast, plain)

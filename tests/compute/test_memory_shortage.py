@@ -141,3 +141,20 @@ def test_host_memory_that_runs_out_while_loading_is_a_capacity_error(
     monkeypatch.setattr("lowmem.compute.streaming._buffer_bytes", lambda checkpoint: 2**60)
     with pytest.raises(CapacityError, match="weights of fp16 do not fit the cpu device"):
         runner(bundle, schedule="streamed")
+
+
+def test_texts_that_do_not_fit_alone_make_no_pass_smaller(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = runner(bundle)
+    texts = encoded(model)
+    longest = max(texts, key=lambda text: len(text.input_ids))
+    with monkeypatch.context() as shortage:
+        limit_tokens(shortage, 4, raise_device_shortage)
+        for _ in range(3):
+            with pytest.raises(CapacityError):
+                model.embed([longest], normalize=True)
+    assert "ran out again" not in caplog.text
+    sizes = limit_tokens(monkeypatch, 10**6, raise_device_shortage)
+    model.embed(texts, normalize=True)
+    assert max(sizes) > len(longest.input_ids)

@@ -370,3 +370,18 @@ def test_files_that_change_while_an_engine_opens_them_are_an_error(
     monkeypatch.setattr(engine_module, "_open_engine", slowly)
     with pytest.raises(BundleError, match="fp16 changed while it was opened"):
         Runner(Bundle(copy), Plan("fp16", engine, "cpu", "fp32", "resident"))
+
+
+def test_vectors_that_are_not_finite_end_a_run_at_once_by_the_names_of_their_texts(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = 300
+    broken_embedding(monkeypatch, token)
+    model = runner(bundle, batch_tokens=4)
+    bad = EncodedText(np.array([1, 5, token, 2]), 0, 0)
+    texts = [bad, *(EncodedText(np.array([1, number, 2]), 0, 0) for number in range(5, 105))]
+    done: list[int] = []
+    names = [f"line {number}" for number in range(1, 102)]
+    with pytest.raises(BackendError, match="not finite, for line 1: choose another compute"):
+        model.embed(texts, normalize=True, names=names, on_texts=done.append)
+    assert sum(done) < 100

@@ -126,3 +126,13 @@ def test_fingerprint_depends_on_the_driver() -> None:
     described = MACHINE.to_json()
     described["gpus"][0]["driver_version"] = "560.1"
     assert fingerprint(Hardware.from_json(described)) != fingerprint(MACHINE)
+
+
+def test_a_machine_in_words_names_the_card_where_that_computes() -> None:
+    cpu = "AMD EPYC 9R14, 8 threads"
+    assert MACHINE.words() == cpu
+    card = "NVIDIA GeForce RTX 3060"
+    assert MACHINE.words("cuda") == f"{card} (driver 555.42.02), {cpu}"
+    unknown = replace(MACHINE, gpus=(replace(RTX_3060, driver_version=""),))
+    assert unknown.words("cuda") == f"{card} (driver unknown), {cpu}"
+    assert replace(MACHINE, gpus=()).words("cuda") == cpu

@@ -241,3 +241,14 @@ def test_a_vocabulary_counts_about_as_much_as_mistrals_tokenizer_holds(tmp_path)
     command = [sys.executable, "-c", MEASURE_TOKENIZER, str(path)]
     held = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 0.5 * held < VOCABULARY < 1.5 * held
+
+
+def test_onnxruntime_looks_tokens_up_in_a_table_on_the_card():
+    table = 2 * SEVEN_B.vocab_size * SEVEN_B.hidden_size
+    wider = replace(SEVEN_B, vocab_size=2 * SEVEN_B.vocab_size)
+    plan = Plan("fp16", "onnxruntime", "cuda", "fp16", "resident")
+    few, many = (
+        memory.predict(plan, config, formats_for("fp16", config, "F16"), PLAIN)[1]
+        for config in (SEVEN_B, wider)
+    )
+    assert many - few == table

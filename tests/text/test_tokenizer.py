@@ -379,3 +379,15 @@ def test_smollm2_digits_and_look_alikes_are_those_of_the_stock_tokenizer(smollm2
     tokenizer = Tokenizer(smollm2, smollm2_contract(), 49152)
     for text in ("In 1984 12,345.67", "<|im_start|>user\nhi<|im_end|>", "<|endoftext|>", "'s  \n"):
         assert one(tokenizer, text).input_ids.tolist() == [1, *stock_ids(stock, text), 2]
+
+
+def test_a_tokenizer_that_contradicts_itself_is_an_error_of_the_bundle(tmp_path: Path) -> None:
+    pieces = PieceTokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    contract = replace(CONTRACT, bos_token_id=0, eos_token_id=1)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", contract, 3)
+    assert one(tokenizer, "a").input_ids.tolist() == [0, 2, 1]
+    with pytest.raises(BundleError, match=r"tokenizer\.json cannot encode a text: .*UNK"):
+        tokenizer.encode(["b"], [""])
+    with pytest.raises(BundleError, match=r"tokenizer\.json cannot encode a text: .*UNK"):
+        tokenizer.encode(["a"], ["b"])

@@ -6,6 +6,7 @@ stored as they are multiplied are brought into that form a matrix at a time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from lowmem.compute.operations.linear import Linear
 from lowmem.errors import BackendError
 
 Dequantize = Callable[[Tensor, Linear], None]
+
+_accumulation_lock = threading.Lock()
 
 
 class Product(Protocol):
@@ -69,8 +72,7 @@ class DenseProduct:
     def __call__(self, rows: Rows, linear: Linear, residual: Tensor | None = None) -> Tensor:
         """The product of a linear."""
         weight = self._weights.of(linear)
-        multiply = _summed_in_16_bits if self._sums_in_16_bits else F.linear
-        result = multiply(rows.values, weight)
+        result = _product(rows.values, weight, self._sums_in_16_bits)
         return result if residual is None else residual + result
 
 
@@ -118,12 +120,18 @@ class RoundedProduct:
         return rounded.values, rounded.scales
 
 
-def _summed_in_16_bits(states: Tensor, weight: Tensor) -> Tensor:
-    """The switch is the process's, so it is on for this one call alone."""
+def _product(states: Tensor, weight: Tensor, sums_in_16_bits: bool) -> Tensor:
+    """states @ weightᵀ, summed as the plan says whatever the caller has set torch to.
+
+    The switch is the process's, so it is as wanted for this one call alone.
+    """
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_fp16_accumulation
-    matmul.allow_fp16_accumulation = True
-    try:
+    if states.dtype != torch.float16 or not hasattr(matmul, "allow_fp16_accumulation"):
         return F.linear(states, weight)
-    finally:
-        matmul.allow_fp16_accumulation = before
+    with _accumulation_lock:
+        before = matmul.allow_fp16_accumulation
+        matmul.allow_fp16_accumulation = sums_in_16_bits
+        try:
+            return F.linear(states, weight)
+        finally:
+            matmul.allow_fp16_accumulation = before

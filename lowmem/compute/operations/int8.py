@@ -93,7 +93,8 @@ class Int8Operations(PlainOperations):
         A chunk of tokens goes through all three, so that nothing as wide as the MLP is held for
         every token.
         """
-        if exact_rows or not (has_codes(gate) and has_codes(up)):
+        keeps_gated = has_codes(down) or not down.rounds_activations
+        if exact_rows or not (has_codes(gate) and has_codes(up) and keeps_gated):
             return super().gated_mlp(hidden, norm, gate, up, down, exact_rows)
         full = None if has_codes(down) else self._weights.of(down)
         total = torch.empty_like(hidden)

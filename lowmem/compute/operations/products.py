@@ -6,6 +6,7 @@ outdoes it on others. Both are exact to float32 rounding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -25,14 +26,23 @@ _LEAST_STEP_BITS = 4
 # MLP, and of a large one's, whose matrices have at least so many weights.
 _SMALL_TRIAL, _LARGE_TRIAL = (1024, 576, 1536), (256, 2048, 2048)
 _LARGE_ELEMENTS = 2**21
+# oneDNN reads its own switch from the first of these that is there, and torch does not know of it.
+_ONEDNN_SWITCHES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
 
 def check_float32() -> None:
-    """Refuses a torch that is set to multiply float32 in fewer bits.
+    """Refuses a torch, or an environment, that is set to multiply float32 in fewer bits.
 
     Raises:
         BackendError: It is.
     """
+    for switch in _ONEDNN_SWITCHES:
+        mode = os.environ.get(switch, "")
+        if mode.lower() not in ("", "strict"):
+            raise BackendError(
+                f"float32 products must be float32, and {switch}={mode} is set: unset it before "
+                "Python starts"
+            )
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # so torch answers where the precision was set for one backend alone
