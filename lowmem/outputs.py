@@ -30,6 +30,16 @@ def check_output(path: Path, others: Iterable[Path | None] = ()) -> None:
         raise InputError(f"{path} cannot be written: its directory cannot be written to")
     if os.path.islink(target) or (os.path.exists(target) and not os.path.isfile(target)):
         raise InputError(f"{path} cannot be written: an output must be a regular file")
+    check_apart(path, others)
+
+
+def check_apart(path: Path, others: Iterable[Path | None]) -> None:
+    """Refuses an output that is, or lies in, a file or directory of the same command.
+
+    Raises:
+        InputError: It does.
+    """
+    target = os.path.realpath(path)
     for other in others:
         if other is None:
             continue

@@ -3,10 +3,15 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lowmem.data import Row
 from lowmem.errors import InputError
-from lowmem.fidelity.store import check_dump
+from lowmem.fidelity.neighbours import Neighbours
+from lowmem.fidelity.reference import Reference
+from lowmem.fidelity.report import Compared
+from lowmem.fidelity.store import check_dump, dump
 from lowmem.outputs import check_output, write_text
 
 DUMPED = '{"id": "a", "input_type": "document", "task": null, "text": "b"}\n'
@@ -70,3 +75,20 @@ def test_a_dump_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None
             check_dump(tmp_path, [])
     with pytest.raises(InputError, match="--dump takes a directory"):
         check_dump(tmp_path / "texts.jsonl", [])
+
+
+def test_a_dump_that_is_refused_leaves_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(InputError, match="which the command reads or writes otherwise"):
+        check_dump(tmp_path / "bundle" / "dump", [tmp_path / "bundle"])
+    assert not list((tmp_path / "bundle").iterdir())
+
+
+def test_a_dump_leaves_no_vectors_of_an_earlier_one(tmp_path: Path) -> None:
+    vectors = np.ones((1, 4), np.float32)
+    rows = (Row("a", "a text"),)
+    for plan in ("int4-torch-cpu-fp32", "int8-torch-cpu-fp32"):
+        one = Compared({"plan": plan}, np.ones(1), vectors, Neighbours(*[vectors] * 3))
+        dump(tmp_path, [one], Reference("mine", rows, (3,), 0, vectors, ""))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"texts.jsonl", "reference.npy", "int8-torch-cpu-fp32.npy"}

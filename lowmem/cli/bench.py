@@ -139,8 +139,7 @@ def table(
     """The measurements as text, at most 80 columns wide but for reasons."""
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings.items())
     lines = [
-        f"{machine.cpu_name}, {machine.cpu_threads} threads"
-        + "".join(f"; {gpu.name}" for gpu in machine.gpus),
+        machine.words() + "".join(f"; {gpu.name}" for gpu in machine.gpus),
         f"fastest products, 10^9 operations/s: {rates}",
         "",
         f"{'':<33} {'':>6} {'':>7} {'of':>4} {'memory':>17} {'mean':>6}",
@@ -155,7 +154,7 @@ def table(
         lines.append(
             f"{plan.id:<33} {record.tokens_per_second:6.0f} "
             f"{record.texts / record.median_seconds:7.2f} {one.ceiling_fraction:4.2f} "
-            f"{_short(predicted):>9} {_short(peak):>7} {cosine:>6}"
+            f"{_short(predicted):>9} {_short(peak) if peak else '-':>7} {cosine:>6}"
         )
     lines += [f"{plan.id} failed: {plan.dropped}" for plan in failed]
     return "\n".join(lines)

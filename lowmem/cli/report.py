@@ -14,6 +14,7 @@ from lowmem.artifact.manifest import Bundle
 from lowmem.artifact.verdict import Floor, parse_floor
 from lowmem.cli import options
 from lowmem.cli.report_tables import table
+from lowmem.compute.heap import give_back_freed_memory
 from lowmem.compute.plan import Plan
 from lowmem.disk import shown_name
 from lowmem.errors import BackendError, InputError
@@ -135,7 +136,7 @@ def report(
     is_built_in = texts is None and reference_file is None and inputs.texts.all_texts is None
     if is_built_in:
         own = [of_texts_alone(one, least) for one in compared]
-        store(opened, own, _pages(opened, own, inputs, machine, least))
+        store(opened, own, _pages(opened, own, inputs, least))
     reports = [one.report for one in compared]
     result: dict[str, Any] = {
         "format": verdict.REPORT_FORMAT,
@@ -149,7 +150,7 @@ def report(
     if json_file is not None:
         write_text(json_file, strict_json.dumps(result))
     if html_file is not None:
-        write_text(html_file, _page(opened, compared, inputs, machine, least, result))
+        write_text(html_file, _page(opened, compared, inputs, least, result))
     if dump_directory is not None:
         dump(dump_directory, compared, inputs.texts)
     if not failed:
@@ -189,9 +190,11 @@ def _compare(
             err=True,
         )
     inputs = wanted.embedded(machine.cpu_threads, parts, bar)
+    give_back_freed_memory()  # the reference's: plans run in processes of their own
 
     def on_plan(plan: Plan, seconds: float) -> None:
         if plan.dropped is not None:
+            pace.failed(plan)
             typer.echo(f"{plan.report_id} failed: {plan.dropped}", err=True)
             return
         pace.finished(plan, seconds)
@@ -205,7 +208,6 @@ def _pages(
     bundle: Bundle,
     compared: Sequence[Compared],
     inputs: Inputs,
-    machine: Hardware,
     floor: Floor,
 ) -> dict[str, str]:
     """A page for each plan; none where the packages for pages are not installed."""
@@ -213,17 +215,13 @@ def _pages(
         html.check_installed()
     except BackendError:
         return {}
-    return {
-        str(one.report["plan"]): _page(bundle, [one], inputs, machine, floor, {})
-        for one in compared
-    }
+    return {str(one.report["plan"]): _page(bundle, [one], inputs, floor, {}) for one in compared}
 
 
 def _page(
     bundle: Bundle,
     compared: Sequence[Compared],
     inputs: Inputs,
-    machine: Hardware,
     floor: Floor,
     result: dict[str, Any],
 ) -> str:
@@ -231,7 +229,7 @@ def _page(
         model=str(bundle.manifest.source["name"]),
         licence=bundle.manifest.licence,
         source_sha256=str(bundle.manifest.source["sha256"]),
-        machine=f"{machine.cpu_name}, {machine.cpu_threads} threads",
+        machine="; ".join(dict.fromkeys(str(one.report["machine"]) for one in compared)),
         texts=inputs.texts.name,
         versions=package_versions(),
         floor=floor,
@@ -243,4 +241,5 @@ def _page(
         context,
         agreement=result.get("agreement", ()),
         drift=result.get("drift"),
+        failed=result.get("failed", ()),
     )

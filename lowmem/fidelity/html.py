@@ -101,6 +101,7 @@ def render(
     *,
     agreement: Sequence[Mapping[str, Any]] = (),
     drift: Mapping[str, Any] | None = None,
+    failed: Sequence[Mapping[str, str]] = (),
 ) -> str:
     """Returns the page, in UTF-8 when encoded; equal arguments give equal text.
 
@@ -111,6 +112,7 @@ def render(
         context: What else the page says.
         agreement: How far each two plans agree, as in ``report --json``.
         drift: What changed since an earlier report, as in ``report --json``.
+        failed: Plans that could not be compared, and why, as in ``report --json``.
 
     Raises:
         InputError: There is no report.
@@ -135,13 +137,14 @@ def render(
             is_small=texts["count"] < SIGN_OFF_TEXTS,
             longest=max(tokens, default=0),
             languages=sum(one["kind"] == "language" for one in reports[0]["buckets"]),
-            headline=headline(len(passing), len(rows)),
+            headline=headline(len(passing), len(rows), len(failed)),
             criterion=criterion(context.floor, texts["count"]),
             fastest=passing[0] if passing else None,
             smallest=min(passing, key=lambda row: row.report["bytes"]) if passing else None,
             reasons=list(reasons(rows, context.floor)),
             groups=[group for group in (("pass", passing), ("fail", failing)) if group[1]],
             failing=failing,
+            failed=failed,
             has_memory=any(row.memory_bytes for row in rows),
             has_retrieval=any(row.report["retrieval"] for row in rows),
             has_sts=any(row.report["sts"] for row in rows),
@@ -179,15 +182,18 @@ def check_installed() -> None:
             raise missing_extra(package, "report", "the HTML report")
 
 
-def headline(passing: int, plans: int) -> str:
-    """The verdict in one sentence."""
+def headline(passing: int, plans: int, failed: int = 0) -> str:
+    """The verdict in one sentence: of the plans that ran, and how many others did not."""
+    others = f"; {failed} failed to run." if failed else "."
     if plans == 1:
-        return "The plan keeps the embeddings." if passing else "The plan loses too much."
+        return f"The plan {'keeps the embeddings' if passing else 'loses too much'}{others}"
     if passing == plans:
-        return f"All {plans} plans keep the embeddings."
+        return f"All {plans} plans keep the embeddings{others}"
     if passing == 0:
-        return f"None of {plans} plans keeps the embeddings."
-    return f"{passing} of {plans} plans {'keeps' if passing == 1 else 'keep'} the embeddings."
+        return f"None of {plans} plans keeps the embeddings{others}"
+    return (
+        f"{passing} of {plans} plans {'keeps' if passing == 1 else 'keep'} the embeddings{others}"
+    )
 
 
 def criterion(floor: Floor, texts: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lowmem.compute.plan import Plan
 from lowmem.progress import duration_text
 
-_START_SECONDS = 15.0  # of the two processes that each plan runs in: torch, weights, trials
+_START_SECONDS = 15.0  # of the process that each plan runs in, where it is slow to start
 
 
 class Pace:
@@ -41,11 +41,15 @@ class Pace:
 
     def finished(self, plan: Plan, seconds: float) -> None:
         """Takes in how long a plan took; what is left is corrected by the same factor."""
-        self._all.remove(plan.id)
-        self._reference_seconds = 0.0
+        self.failed(plan)
         if plan.id in self._expected:
             self._taken += seconds
             self._foreseen += self._expected[plan.id]
+
+    def failed(self, plan: Plan) -> None:
+        """Leaves out a plan that ended early; the reference is complete before any plan begins."""
+        self._all.remove(plan.id)
+        self._reference_seconds = 0.0
 
     def left(self) -> str:
         """The time left, in words."""

@@ -110,7 +110,7 @@ def compare_plans(
             shared[steered] = calibration.statement(bundle, steered, inputs.texts.rows)
         about = {
             "invariance": by_company,
-            "machine": f"{machine.cpu_name}, {machine.cpu_threads} threads",
+            "machine": machine.words(plan.device),
             "calibration": shared[steered],
         }
         return _compare(bundle, plan, ran, inputs, before, floor, about)
@@ -150,7 +150,14 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
 
 def of_texts_alone(one: Compared, floor: Floor) -> Compared:
     """The same without judged collections and pairs: those are the user's, and no bundle's."""
-    report = {**one.report, "retrieval": None, "sts": None}
+    nonfinite = metrics.nonfinite(one.vectors)
+    report = {
+        **one.report,
+        "retrieval": None,
+        "sts": None,
+        "nonfinite": nonfinite,
+        "verdict": _verdict(one.report["cosine"], nonfinite, floor),
+    }
     return replace(one, report={**report, "readiness": readiness(report, floor)})
 
 
@@ -269,10 +276,14 @@ def _compare(
         "retrieval": _judged(retrieval.judge, inputs.collection, rest),
         "sts": _judged(sts.judge, inputs.pairs, rest),
         "floor": floor.to_json(),
-        "verdict": "pass" if verdict.passes(summary, nonfinite, floor) else "fail",
+        "verdict": _verdict(summary, nonfinite, floor),
     }
     report["readiness"] = readiness(report, floor)
     return Compared(report, cosines, vectors, now)
+
+
+def _verdict(cosine: Mapping[str, float], nonfinite: int, floor: Floor) -> str:
+    return "pass" if verdict.passes(cosine, nonfinite, floor) else "fail"
 
 
 def _first_rows(rows: Sequence[Row]) -> NDArray[np.int64]:

@@ -13,10 +13,10 @@ import numpy as np
 from lowmem import cache
 from lowmem.artifact import strict_json
 from lowmem.artifact.manifest import Bundle
-from lowmem.errors import InputError
+from lowmem.errors import InputError, reason_of
 from lowmem.fidelity.reference import Reference
 from lowmem.fidelity.report import Compared
-from lowmem.outputs import check_output
+from lowmem.outputs import check_apart, check_output
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ def check_dump(directory: Path, given: Iterable[Path | None]) -> None:
     """
     if os.path.lexists(directory) and not os.path.isdir(directory):
         raise InputError(f"--dump takes a directory, and {directory} is none")
+    given = list(given)
+    check_apart(directory, [one for one in given if one is not None and one.is_dir()])
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,6 +88,8 @@ def _is_dump(texts: Path) -> bool:
 def dump(directory: Path, compared: Sequence[Compared], reference: Reference) -> None:
     """Writes the texts, the reference's vectors and each plan's, as ``report --dump`` does.
 
+    Vectors of an earlier dump go at last: they may be of other texts.
+
     Raises:
         InputError: The directory cannot be written.
     """
@@ -104,5 +108,8 @@ def dump(directory: Path, compared: Sequence[Compared], reference: Reference) ->
         for name, vectors in arrays.items():
             with cache.replacing(directory / name) as file:
                 np.save(file, vectors)
+        for old in directory.glob("*.npy"):
+            if old.name not in arrays:
+                old.unlink()
     except OSError as error:
-        raise InputError(f"{directory} cannot be written: {error.strerror}") from error
+        raise InputError(f"{directory} cannot be written: {reason_of(error)}") from error

@@ -286,3 +286,42 @@ def test_importing_the_page_loads_neither_package() -> None:
         "sys.exit(bool({'matplotlib', 'jinja2'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_plans_that_failed_to_run_are_named_at_the_top_and_among_what_was_not_tested() -> None:
+    failed = [
+        {"plan": "bnb-nf4-torch-cpu-fp32", "reason": "no kernel <for it>"},
+        {"plan": "int8-onnxruntime-cpu-int8", "reason": "ended by SIGKILL"},
+    ]
+    page = render(FOUR, {}, [], CONTEXT, failed=failed)
+    text = words(page)
+    assert "2 of 4 plans keep the embeddings; 2 failed to run." in text
+    assert (
+        "Failed to run bnb-nf4-torch-cpu-fp32 : no kernel <for it> "
+        "int8-onnxruntime-cpu-int8 : ended by SIGKILL"
+    ) in text
+    untested = text.partition("What was not tested")[2]
+    assert "bnb-nf4-torch-cpu-fp32, int8-onnxruntime-cpu-int8: they failed to run." in untested
+    assert "<for it>" not in page
+    assert "failed to run" not in words(render(FOUR, {}, [], CONTEXT))
+
+
+@pytest.mark.parametrize(
+    ("passing", "plans", "sentence"),
+    [
+        (1, 1, "The plan keeps the embeddings; 1 failed to run."),
+        (3, 3, "All 3 plans keep the embeddings; 1 failed to run."),
+    ],
+)
+def test_the_verdict_says_that_others_failed(passing: int, plans: int, sentence: str) -> None:
+    assert headline(passing, plans, 1) == sentence
+
+
+@pytest.mark.parametrize(
+    ("everything", "said"),
+    [(TEXTS, "These are 200 texts of mine.jsonl"), (9000, "These are 200 of 9,000 texts of mine")],
+)
+def test_texts_that_are_a_part_are_called_so(everything: int, said: str) -> None:
+    reports = [report("int8-torch-cpu-int8", GOOD)]
+    reports[0]["texts"]["all"] = everything
+    assert said in words(render(reports, {}, [], replace(CONTEXT, texts="mine.jsonl")))

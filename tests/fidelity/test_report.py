@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,7 @@ from lowmem.fidelity.inputs import Inputs
 from lowmem.fidelity.npy_files import npy_bytes
 from lowmem.fidelity.parts import Parts
 from lowmem.fidelity.reference import Reference
-from lowmem.fidelity.report import agreement, compare_plans
+from lowmem.fidelity.report import agreement, compare_plans, of_texts_alone
 from lowmem.measure import Record
 
 ROWS = tuple(
@@ -199,3 +200,15 @@ def test_a_report_of_which_nothing_ran_is_one_error(bundle, monkeypatch):
     done = lowmem_report(bundle, monkeypatch, ExactEngines(fails=fails))
     assert done.exception is NO_ROOM
     assert not (bundle / "reports").exists()
+
+
+def test_what_overflows_in_a_collection_fails_no_plan_of_the_bundle(tiny_bundle, monkeypatch):
+    (one, *_), _ = compare(tiny_bundle, monkeypatch, Engines(), Parts())
+    floor = FLOORS["standard"]
+    with_collection = {**one.report, "nonfinite": 1, "verdict": "fail", "retrieval": {}}
+    own = of_texts_alone(replace(one, report=with_collection), floor).report
+    assert (own["nonfinite"], own["verdict"], own["retrieval"]) == (0, "pass", None)
+    broken = one.vectors.copy()
+    broken[3, 2] = np.inf
+    own = of_texts_alone(replace(one, report=with_collection, vectors=broken), floor).report
+    assert (own["nonfinite"], own["verdict"]) == (1, "fail")
