@@ -16,6 +16,8 @@ import time
 from importlib.metadata import distribution
 from pathlib import Path
 
+from record import DEMO_COMMIT, commit
+
 from lowmem import Embedder
 from lowmem.cli.options import wrapped
 from lowmem.cli.report import BELOW_THE_FLOOR
@@ -51,6 +53,7 @@ def main() -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     bundle = directory / "bundle"
+    (directory / DEMO_COMMIT).write_text(commit() or "")
 
     lowmem("export", smollm2(), bundle, "--contract", CONTRACT, "--reference-texts", "quick")
     report = ("--json", directory / "report.json", "--html", directory / "report.html")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -215,6 +216,12 @@ class Site:
         self.directory = directory
         self.fp16 = directory / "fp16"
 
+    def clear(self) -> None:
+        """Removes what another commit may have made: an export would keep it."""
+        for made in (self.fp16, self.directory / "bundles"):
+            shutil.rmtree(made, ignore_errors=True)
+        (self.directory / "reference.npy").unlink(missing_ok=True)
+
     def prepare(self) -> None:
         """The 16-bit weights and their vectors."""
         if not (self.directory / "reference.npy").exists():
@@ -353,6 +360,8 @@ def main() -> None:
     site.directory.mkdir(parents=True, exist_ok=True)
     kept = site.directory / "measured.json"
     measured = resume(kept, about, parser.error)
+    if not kept.exists():
+        site.clear()
     site.prepare()
     names = (*STEPS, *LLAMA_TYPES)
     measure_missing({name: partial(site.in_a_process, name) for name in names}, measured, kept)

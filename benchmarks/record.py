@@ -19,19 +19,22 @@ from lowmem.measure import package_versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DEMO_COMMIT = "commit.txt"
+"""Where a demo says what it was made of, in its directory; empty for no commit."""
 MACHINE_KEYS = ("cpu_name", "cpu_threads", "cpu_features", "gpus")
 
 
-def clean_commit() -> str:
-    """The commit that is checked out.
-
-    Raises:
-        SystemExit: The working tree differs from it.
-    """
+def commit() -> str | None:
+    """The commit that is checked out; None where files differ from it, or there is no git."""
     git = ["git", "-C", str(ROOT)]
-    if subprocess.check_output([*git, "status", "--porcelain"], text=True).strip():
-        raise SystemExit("a record names a commit: commit or remove your changes first")
-    return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    try:
+        if subprocess.check_output(
+            [*git, "status", "--porcelain"], text=True, stderr=subprocess.DEVNULL
+        ).strip():
+            return None
+        return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def head(name: str, command: str) -> dict[str, Any]:
@@ -40,12 +43,14 @@ def head(name: str, command: str) -> dict[str, Any]:
     Raises:
         SystemExit: Not everything is committed.
     """
-    commit = clean_commit()
+    found = commit()
+    if found is None:
+        raise SystemExit("a record names a commit: commit or remove your changes first")
     machine = hardware.probe().to_json()
     return {
         "name": name,
         "command": command,
-        "commit": commit,
+        "commit": found,
         "machine": {key: machine[key] for key in MACHINE_KEYS},
         "versions": package_versions(),
     }
@@ -111,6 +116,8 @@ def main() -> None:
     parser.add_argument("name", help="the record's name")
     arguments = parser.parse_args()
     about = head(arguments.name, "make demo")
+    if (arguments.directory / DEMO_COMMIT).read_text() != about["commit"]:
+        raise SystemExit("the demo was made of another commit, or of changed files: make it again")
     report = json.loads((arguments.directory / "report.json").read_text())
     plan = json.loads((arguments.directory / "plan.json").read_text())
     record = {
