@@ -16,6 +16,7 @@ from export.sources.stated import Stated
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.sentence_transformers_files import POOLING, PROMPTS, settled_prompts
 from lowmem.artifact.stock_files import TOKENIZER, TOKENIZER_CONFIG, tokenizer_settings
+from lowmem.errors import BundleError
 
 
 def disagreements(
@@ -27,6 +28,9 @@ def disagreements(
         stated: The source's files for sentence-transformers.
         tokenizer_files: The source's; ``tokenizer.json`` among them has been found valid.
         contract: What is exported.
+
+    Raises:
+        BundleError: The tokenizer cannot encode a text.
     """
     if problem := _tokenizer(tokenizer_files, contract):
         yield f"{problem}; the bundle follows its contract, and so do the tokenizers in it"
@@ -44,8 +48,16 @@ def _tokenizer(tokenizer_files: Mapping[str, bytes], contract: Contract) -> str 
     pieces = Tokenizer.from_str(tokenizer_files[TOKENIZER].decode())
     pieces.no_truncation()
     pieces.no_padding()
-    bare = pieces.encode("a", add_special_tokens=False).ids
-    whole = pieces.encode("a").ids
+    try:
+        bare = pieces.encode("a", add_special_tokens=False).ids
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"{TOKENIZER} cannot encode a text: {error}") from error
+    try:
+        whole = pieces.encode("a").ids
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # tokenizers', which no module has by name
+            raise
+        return f"the post_processor of {TOKENIZER} contradicts itself"
     before = [] if contract.bos_token_id is None else [contract.bos_token_id]
     behind = [] if contract.eos_token_id is None else [contract.eos_token_id]
     if whole == [*before, *bare, *behind]:

@@ -30,7 +30,10 @@ from export.workspace import Workspace
 from lowmem import data
 from lowmem.artifact.contract import Contract
 from lowmem.artifact.manifest import Bundle, Manifest
-from lowmem.artifact.sentence_transformers_files import lacks_query_prompt
+from lowmem.artifact.sentence_transformers_files import (
+    lacks_query_prompt,
+    mean_leaves_out_prompts,
+)
 from lowmem.artifact.stock_files import TOKENIZER
 from lowmem.artifact.stock_files import render as render_stock_files
 from lowmem.artifact.variants import (
@@ -177,6 +180,12 @@ def export(
                 "%s: a query needs a task, and the contract has no default: stock "
                 "sentence-transformers' encode_query has no instruction to use, and embeds a query "
                 "as a document unless it is given the prompt_name of a task, or a prompt",
+                source.name,
+            )
+        if mean_leaves_out_prompts(contract):
+            logger.warning(
+                "%s: its vectors are means that leave prompts out, which vLLM cannot compute: it "
+                "gives others without an error",
                 source.name,
             )
         try:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from export import licences
 from export.sources.gguf import GgufFile
-from export.sources.hub import open_hub_model
+from export.sources.hub import fetch_description, open_hub_model
 from export.sources.huggingface import HuggingFaceDirectory
 from export.sources.stated import Stated
 from lowmem.artifact.config import ModelConfig
@@ -20,7 +20,7 @@ from lowmem.errors import InputError
 from lowmem.hub import HubModel, parse_id
 from lowmem.progress import Progress
 
-__all__ = ["GgufFile", "HuggingFaceDirectory", "Source", "open_source"]
+__all__ = ["GgufFile", "HuggingFaceDirectory", "Source", "fetch_description", "open_source"]
 
 
 class Source(Protocol):

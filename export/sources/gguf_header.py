@@ -21,6 +21,8 @@ from lowmem.errors import BundleError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
+# Of known models a few million, most of them pieces of the tokenizer.
+_MOST_HEAD_BYTES = 64 * 2**20
 _MOST_DIMENSIONS = 4
 _STRING, _ARRAY, _FLOAT32 = 8, 9, "f"
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -140,9 +142,11 @@ class _Reader:
         return self._data[self._at - count : self._at]
 
     def _fits(self, count: int, item_bytes: int) -> int:
-        """``count``, if that many items can follow in the file."""
+        """``count``, if that many items can follow in the file, and a head be so large."""
         if count * item_bytes > len(self._data) - self._at:
             raise BundleError(f"{self._path} is truncated or damaged: its head goes past its end")
+        if self._at + count * item_bytes > _MOST_HEAD_BYTES:
+            raise self._damaged(f"its head is larger than {_MOST_HEAD_BYTES} bytes")
         return count
 
     def _damaged(self, problem: str) -> BundleError:

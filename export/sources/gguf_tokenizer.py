@@ -52,7 +52,10 @@ def tokenizer_files(metadata: Mapping[str, Any], place: str) -> dict[str, bytes]
     pre = metadata.get("tokenizer.ggml.pre")
     if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
-        raise BundleError(f"tokenizer.ggml.pre must be one of {known}, got {pre!r} ({place})")
+        raise BundleError(
+            f"tokenizer.ggml.pre must be one of {known}, got {pre!r} ({place}): export from the "
+            "model's Hugging Face directory, which has its tokenizer.json"
+        )
     tokens = _strings(metadata, "tokenizer.ggml.tokens", place)
     merges = [
         tuple(merge.split(" ")) for merge in _strings(metadata, "tokenizer.ggml.merges", place)

@@ -23,7 +23,7 @@ from export.sources.stated import refuse_adapter, refuse_other_vectors
 from lowmem import hub
 from lowmem.artifact import strict_json
 from lowmem.artifact.config_file import parse_config
-from lowmem.artifact.sentence_transformers_files import MODULES, SETTINGS
+from lowmem.artifact.sentence_transformers_files import MODULES, POOLING, PROMPTS, SETTINGS
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, read_weight_map
 from lowmem.errors import BundleError, InputError
 from lowmem.hub import HubModel
@@ -79,6 +79,25 @@ def open_hub_model(
         progress(f"downloading {model.name}", done, len(files))
         hub.fetch(pinned, file)
     return HuggingFaceDirectory(directory, name=model.name, revision=listing.commit)
+
+
+def fetch_description(model: HubModel) -> Path:
+    """Downloads what tells known models apart: configuration, and pooling and prompts if named.
+
+    Returns:
+        The directory in the hub's cache.
+
+    Raises:
+        InputError: There is no such model or revision for this user, or it is no source.
+        CapacityError: The disk is full.
+        BackendError: The hub cannot be reached.
+    """
+    listing = hub.listing(model)
+    _check_files(model, listing.sizes)
+    pinned = HubModel(model.name, listing.commit)
+    for file in {POOLING, PROMPTS} & listing.sizes.keys():
+        hub.fetch(pinned, file)
+    return hub.fetch(pinned, _CONFIG).parent
 
 
 def _check_files(model: HubModel, files: Collection[str]) -> None:

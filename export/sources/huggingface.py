@@ -6,13 +6,13 @@ what an export needs besides: a single dtype, the licence, the tokenizer and the
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from export.sources.stated import Stated, refuse_other_vectors
 from lowmem.artifact import strict_json
 from lowmem.artifact.config import NORMS, ModelConfig
-from lowmem.artifact.stock_files import read_bytes
 from lowmem.artifact.tensors import INDEX_FILE, SINGLE_FILE, RawTensor
 from lowmem.artifact.weights import (
     EMBEDDING,
@@ -27,7 +27,7 @@ from lowmem.errors import InputError
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 CARD = "README.md"
-_MOST_CARD_BYTES = 2**20
+_MOST_CARD_BYTES = 16 * 2**20
 
 
 class HuggingFaceDirectory:
@@ -97,7 +97,9 @@ class HuggingFaceDirectory:
         Raises:
             BundleError: A file cannot be read.
         """
-        return {path.name: read_bytes(path) for path in self._existing(*TOKENIZER_FILES)}
+        return {
+            path.name: strict_json.read_bytes(path) for path in self._existing(*TOKENIZER_FILES)
+        }
 
     def files(self) -> list[Path]:
         """Configuration, weights, tokenizer and model card, sorted by path."""
@@ -143,12 +145,18 @@ def _refuse_pickled(directory: Path) -> None:
 
 
 def card_licence(card: Path) -> str | None:
-    """``license`` of the model card's front matter; its ``license_name`` where that is "other"."""
-    try:
-        with card.open("rb") as file:
-            text = file.read(_MOST_CARD_BYTES).decode("utf-8-sig", "replace")
-    except OSError:
+    """``license`` of the model card's front matter; its ``license_name`` where that is "other".
+
+    Returns:
+        The licence, or None where there is no card, or it names none.
+
+    Raises:
+        BundleError: The card cannot be read, or is too large: a licence that stands there must not
+            be passed over.
+    """
+    if not os.path.lexists(card):
         return None
+    text = strict_json.read_bytes(card, max_bytes=_MOST_CARD_BYTES).decode("utf-8-sig", "replace")
     front = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
     if front is None:
         return None

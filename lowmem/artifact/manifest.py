@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -193,6 +194,9 @@ class Bundle:
                     yield f"{shown} leads out of the bundle"
                     continue
                 status = path.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    yield f"{shown} must be a regular file"
+                    continue
                 if status.st_size != entry.size:
                     yield f"{shown} must have {entry.size} bytes, got {status.st_size}"
                     continue

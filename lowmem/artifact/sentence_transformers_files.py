@@ -5,7 +5,7 @@ has a ``config.json`` that no stock loader takes. A mean that would leave out mo
 than ours gets a ``modules.json`` with a pooling that sentence-transformers does not find, for
 without the file it makes up its own. One thing cannot be made an error: where a query needs a task
 and the contract has no default, its ``encode_query`` puts nothing before a query unless it is given
-the ``prompt_name`` of a task; export warns of it.
+the ``prompt_name`` of a task; export warns of it. Nor can it of vLLM, which has no such mean.
 """
 
 from __future__ import annotations
@@ -99,6 +99,15 @@ def lacks_query_prompt(files: Mapping[str, bytes]) -> bool:
         files: What ``render`` gave, others among them.
     """
     return PROMPTS in files and "query" not in json.loads(files[PROMPTS])["prompts"]
+
+
+def mean_leaves_out_prompts(contract: Contract) -> bool:
+    """Whether some of what stock code reads is a prompt that a mean must leave out.
+
+    sentence-transformers does or refuses; vLLM pools the prompt too, or another token alone.
+    """
+    templates = (contract.query_template, contract.document_template)
+    return contract.is_causal and contract.pooling == "mean" and set(templates) != {"{text}"}
 
 
 def _modules(*kinds: str) -> list[dict[str, Any]]:

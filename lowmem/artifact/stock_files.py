@@ -95,7 +95,9 @@ def check(directory: Path, config: ModelConfig, contract: Contract) -> None:
     Raises:
         BundleError: A file is missing, damaged, or disagrees; every difference is listed.
     """
-    found = {name: read_bytes(directory / name) for name in (TOKENIZER, TOKENIZER_CONFIG)}
+    found = {
+        name: strict_json.read_bytes(directory / name) for name in (TOKENIZER, TOKENIZER_CONFIG)
+    }
     try:
         expected = render(config, contract, found)
     except (InputError, BundleError) as error:
@@ -244,7 +246,7 @@ def _differences(name: str, expected: Any, directory: Path) -> Iterator[str]:
     if not path.exists():
         yield f"{name} is missing"
         return
-    found = strict_json.loads(read_bytes(path), str(path))
+    found = strict_json.loads(strict_json.read_bytes(path), str(path))
     if not isinstance(expected, dict) or not isinstance(found, dict):
         if found != expected:
             yield f"{name} must be {_short(expected)}, got {_short(found)}"
@@ -272,15 +274,3 @@ def _object(data: bytes, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BundleError(f"{place} must hold a JSON object, got {strict_json.type_name(value)}")
     return value
-
-
-def read_bytes(path: Path) -> bytes:
-    """A small file.
-
-    Raises:
-        BundleError: It cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error

@@ -53,8 +53,7 @@ def loads(data: bytes | str, place: str, *, max_bytes: int = MAX_BYTES) -> objec
         BundleError: ``data`` is too large, not UTF-8, or not JSON as :func:`parse` takes it.
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    if len(raw) > max_bytes:
-        raise BundleError(f"{place} must be at most {max_bytes} bytes long, and is longer")
+    _check_size(raw, place, max_bytes)
     try:
         return parse(raw.decode())
     except UnicodeDecodeError as error:
@@ -78,6 +77,22 @@ def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         BundleError: The file is missing, not a regular file, cannot be read, or does not hold one
             object as :func:`loads` takes it.
     """
+    value = loads(read_bytes(path, max_bytes=max_bytes), str(path), max_bytes=max_bytes)
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} must hold a JSON object, got {type_name(value)}")
+    return value
+
+
+def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """Returns what a small file holds.
+
+    Args:
+        path: A regular file, or a link to one.
+        max_bytes: The most that is read.
+
+    Raises:
+        BundleError: The file is missing, not a regular file, too large, or cannot be read.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise BundleError(f"{path} must be a regular file")
@@ -85,10 +100,8 @@ def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    value = loads(data, str(path), max_bytes=max_bytes)
-    if not isinstance(value, dict):
-        raise BundleError(f"{path} must hold a JSON object, got {type_name(value)}")
-    return value
+    _check_size(data, str(path), max_bytes)
+    return data
 
 
 def dumps(value: object) -> str:
@@ -195,3 +208,8 @@ _DECODER = json.JSONDecoder(
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value that was read is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_size(data: bytes, place: str, max_bytes: int) -> None:
+    if len(data) > max_bytes:
+        raise BundleError(f"{place} must be at most {max_bytes} bytes long, and is longer")

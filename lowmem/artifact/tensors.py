@@ -13,6 +13,7 @@ import contextlib
 import io
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -186,6 +187,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             dtype, a shape that does not fit its bytes, gaps, overlaps or bytes past the end.
     """
     try:
+        kind = path.stat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # to open a pipe would wait for a writer
+            raise BundleError(f"{path} must be a regular file")
         with path.open("rb") as file:
             size, _ = version = _version(file.fileno())
             length = int.from_bytes(file.read(8), "little")

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lowmem import data, hub
+from lowmem import data
 from lowmem.artifact.config import ModelConfig
 from lowmem.artifact.contract import Contract, read_contract
 from lowmem.artifact.manifest import MANIFEST, Bundle
@@ -113,8 +113,8 @@ def export(
         for row in rows:
             settled.prompt(row.input_type, row.task)  # or it has no such prompt
     accepts = _acceptance(accept_licence or ())
-    progress = Steps()
-    opened = open_source(source, accepts_licence=accepts, progress=progress)
+    with Steps() as progress:
+        opened = open_source(source, accepts_licence=accepts, progress=progress)
     typer.echo(f"licence: {opened.licence or 'none named by the source'}", err=True)
     if most_bytes is not None and "fp16" in names and reference_texts != "none":
         _check_reference_memory(opened.config, most_bytes)
@@ -122,21 +122,23 @@ def export(
     kept = [name for name in dict.fromkeys(names) if name in there]
     from export.pipeline import export as run  # with torch, which what is refused need not wait for
 
-    run(
-        opened,
-        bundle,
-        settled,
-        model=model,
-        variants=names,
-        calibration=rows,
-        onnx=onnx,
-        copy=copy,
-        force=force,
-        max_memory=most_bytes,
-        device=_calibrating_device(device, opened.config) if rows else "cpu",
-        accepts_licence=accepts,
-        progress=progress,
-    )
+    calibrates_on = _calibrating_device(device, opened.config) if rows else "cpu"
+    with Steps() as progress:
+        run(
+            opened,
+            bundle,
+            settled,
+            model=model,
+            variants=names,
+            calibration=rows,
+            onnx=onnx,
+            copy=copy,
+            force=force,
+            max_memory=most_bytes,
+            device=calibrates_on,
+            accepts_licence=accepts,
+            progress=progress,
+        )
     if kept:
         typer.echo(
             f"{', '.join(kept)}: there already, made alike, and kept; --force makes them anew",
@@ -181,15 +183,15 @@ def _calibrating_device(wanted: str, config: ModelConfig) -> str:
 
 
 def _known_models(source: str) -> Sequence[str]:
-    """Models that the source may be; of one on the hub only its configuration is brought."""
+    """Models that the source may be; of one on the hub only what tells them apart is brought."""
     from export.detection import detect
-    from export.sources import hub_model
+    from export.sources import fetch_description, hub_model
 
     model = hub_model(source)
     if model is None:
         return detect(Path(source))
     exact = detect(Path(source), model.name)
-    return exact or detect(hub.fetch(model, "config.json").parent)
+    return exact or detect(fetch_description(model))
 
 
 def _contract(wanted: str | None, found: Sequence[str], source: str) -> tuple[Contract, str | None]:

@@ -175,3 +175,11 @@ def test_a_loop_of_links_is_a_file_that_cannot_be_read(bundle: Path) -> None:
     (bundle / "int4" / "loop").symlink_to(file)
     with pytest.raises(BundleError, match=r"int4/config\.json cannot be read"):
         Bundle(bundle).check("int4")
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(bundle: Path) -> None:
+    file = bundle / "int4" / "config.json"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(BundleError, match=r"int4/config\.json must be a regular file"):
+        Bundle(bundle).check("int4")

@@ -14,7 +14,10 @@ from transformers import LlamaConfig, LlamaModel
 
 from lowmem.artifact.config_file import config_json
 from lowmem.artifact.contract import Contract
-from lowmem.artifact.sentence_transformers_files import lacks_query_prompt
+from lowmem.artifact.sentence_transformers_files import (
+    lacks_query_prompt,
+    mean_leaves_out_prompts,
+)
 from lowmem.artifact.stock_files import check, render
 from lowmem.errors import BundleError
 from tests.stock_directories import (
@@ -191,3 +194,11 @@ def test_sentence_transformers_gives_the_vectors_of_the_contract(
     ):
         for text, vector in zip(texts, np.asarray(vectors), strict=True):
             np.testing.assert_allclose(vector, expected(prompt, text), rtol=0, atol=FLOAT32_NOISE)
+
+
+def test_a_mean_behind_prompts_is_told_from_every_other_pooling() -> None:
+    assert mean_leaves_out_prompts(MEAN)
+    bare = {"query_template": "{text}", "tasks": {}, "default_task": None}
+    assert not mean_leaves_out_prompts(replace(MEAN, **bare))
+    assert not mean_leaves_out_prompts(replace(MEAN, is_causal=False))  # no stock code loads it
+    assert not mean_leaves_out_prompts(CONTRACT)

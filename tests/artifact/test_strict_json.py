@@ -154,3 +154,17 @@ def test_what_is_not_json_is_not_written() -> None:
     for write in (strict_json.dumps, strict_json.canonical):
         with pytest.raises(ValueError, match="not JSON compliant"):
             write([float("nan")])
+
+
+def test_bytes_are_those_of_a_regular_file_within_the_limit(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"12345")
+    assert strict_json.read_bytes(file, max_bytes=5) == b"12345"
+    with pytest.raises(BundleError, match="must be at most 4 bytes long, and is longer"):
+        strict_json.read_bytes(file, max_bytes=4)
+    os.truncate(file, 2**40)
+    with pytest.raises(BundleError, match="must be at most 67108864 bytes long"):
+        strict_json.read_bytes(file)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BundleError, match="pipe must be a regular file"):
+        strict_json.read_bytes(tmp_path / "pipe")

@@ -355,3 +355,9 @@ def test_a_shape_of_too_many_or_too_large_sizes_is_refused_at_once(
     with pytest.raises(BundleError, match="shape must be a list of sizes") as caught:
         read_header(write(tmp_path / "x.safetensors", {"a": entry(shape, 0, 1)}, b"0"))
     assert len(str(caught.value)) < 500
+
+
+def test_a_pipe_is_no_safetensors_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(BundleError, match=r"model\.safetensors must be a regular file"):
+        read_header(tmp_path / "model.safetensors")

@@ -1,6 +1,7 @@
 """GGUF files that end too early, or whose head is damaged or of another version."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -68,4 +69,16 @@ def test_another_format_or_version_is_refused(
     path = tmp_path / "x.gguf"
     path.write_bytes(data)
     with pytest.raises(BundleError, match=problem):
+        GgufFile(path)
+
+
+def test_a_head_is_not_believed_to_fill_a_large_file(tmp_path: Path, tiny_gguf: Path) -> None:
+    data = bytearray(tiny_gguf.read_bytes())
+    name = b"tokenizer.ggml.token_type"
+    at = data.index(name) + len(name) + 4 + 4
+    data[at : at + 8] = (2**31).to_bytes(8, "little")
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    os.truncate(path, 2**40)
+    with pytest.raises(BundleError, match="is damaged: its head is larger than 67108864 bytes"):
         GgufFile(path)

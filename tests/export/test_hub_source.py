@@ -14,7 +14,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from export import linking
 from export.pipeline import export
-from export.sources import HuggingFaceDirectory, open_source
+from export.sources import HuggingFaceDirectory, fetch_description, open_source
 from lowmem import hub as hub_files
 from lowmem.errors import BackendError, BundleError, CapacityError, InputError
 from lowmem.hub import HubModel, parse_id
@@ -388,3 +388,16 @@ def test_what_the_hubs_own_transport_raises_is_an_error_with_its_words(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(BackendError, match=r"could not be downloaded \(Data processing error: C"):
         open_source(NAME)
+
+
+def test_of_a_model_that_may_be_known_only_what_tells_is_downloaded(hub: Hub) -> None:
+    directory = fetch_description(HubModel(NAME))
+    assert hub.got() == {"1_Pooling/config.json", "config.json"}
+    assert (directory / "1_Pooling" / "config.json").is_file()
+
+
+def test_what_is_no_source_is_refused_before_it_is_described(hub: Hub, own: Path) -> None:
+    (own / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"must have a tokenizer\.json, and .* has none"):
+        fetch_description(HubModel(NAME))
+    assert not hub.got()

@@ -354,3 +354,15 @@ def test_latents_beside_a_config_without_them_are_refused(tmp_path: Path) -> Non
     path.write_text(json.dumps(body))
     with pytest.raises(BundleError, match="unexpected tensors: latent_attention_model"):
         open_source(tmp_path)
+
+
+def test_a_card_that_cannot_be_read_is_not_taken_for_one_without_a_licence(tmp_path: Path) -> None:
+    directory = write(tmp_path / "m")
+    card = directory / "README.md"
+    card.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"README\.md cannot be read: No such file"):
+        HuggingFaceDirectory(directory)
+    card.unlink()
+    card.write_text("---\nlicense: other\n" + "# model-index\n" * 2**21)
+    with pytest.raises(BundleError, match=r"README\.md must be at most 16777216 bytes long"):
+        HuggingFaceDirectory(directory)

@@ -179,3 +179,18 @@ def test_an_unknown_variant_is_refused(checkpoint: Path, tmp_path: Path) -> None
         "from 4.5 to 8.25, got 'int3'"
     )
     assert_nothing_in(tmp_path / "bundle")
+
+
+def test_a_tokenizer_whose_special_token_is_nowhere_is_noted_and_mended(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tokenizer_with(checkpoint, tmp_path / "source", "$A </s>")
+    path = source / "tokenizer.json"
+    value = json.loads(path.read_text())
+    value["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(value))
+    write_bundle(source, tmp_path / "bundle", ["fp16"])
+    [message] = [record.getMessage() for record in caplog.records]
+    assert message.startswith("source: the post_processor of tokenizer.json contradicts itself; ")
+    written = Tokenizer.from_file(str(tmp_path / "bundle" / "fp16" / "tokenizer.json"))
+    assert written.encode("fox").ids[-1] == EOS
