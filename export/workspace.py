@@ -93,6 +93,22 @@ class Workspace:
         """
         return self._journal.finished(work) if self._journal.path.exists() else {}
 
+    def check_names(self, variants: Iterable[str]) -> None:
+        """Refuses to put variants where something else lies.
+
+        Raises:
+            InputError: The directory holds something under the name of a variant that is not in
+                the manifest.
+        """
+        manifest = self.manifest()
+        for variant in variants:
+            known = manifest is not None and variant in manifest.variants
+            if os.path.lexists(self.bundle / variant) and not known:
+                raise InputError(
+                    f"{self.bundle / variant} is there and is no variant of the bundle: move it "
+                    "to another place"
+                )
+
     def begin(
         self, variants: Iterable[str], needed_bytes: int, work: str, keep: Collection[str] = ()
     ) -> None:
@@ -111,14 +127,7 @@ class Workspace:
                 holds something under the name of a variant that is not in the manifest.
         """
         variants = sorted(variants)
-        manifest = self.manifest()
-        for variant in variants:
-            known = manifest is not None and variant in manifest.variants
-            if os.path.lexists(self.bundle / variant) and not known:
-                raise InputError(
-                    f"{self.bundle / variant} is there and is no variant of the bundle: move it "
-                    "to another place"
-                )
+        self.check_names(variants)
         kept = {self.partial / path for path in keep}
         try:
             if self._lock is None:

@@ -65,7 +65,8 @@ class Record:
         queued_seconds: Of all timed passes, how long threads waited for a core that other processes
             had, summed over them.
         peak_host_bytes: Most RssAnon + RssShmem of the process tree until then.
-        peak_device_bytes: Most memory of the CUDA device until then, 0 on a CPU.
+        peak_device_bytes: Most CUDA memory that torch has held, the context aside; 0 on a CPU, and
+            where onnxruntime keeps it.
         versions: Packages that took part.
     """
 

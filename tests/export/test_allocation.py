@@ -1,7 +1,10 @@
 """Where a budget of bits goes: effects beside whole exports, and the budget kept to the byte."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from lowmem.artifact.variants import HIGH, LOW, formats_for
 from lowmem.artifact.weights import Checkpoint
 from lowmem.compute.engine import Runner
 from lowmem.compute.plan import Plan
-from lowmem.errors import InputError
+from lowmem.errors import CapacityError, InputError
 from lowmem.text.batching import EncodedText
 from tests.models import CONTRACT, tiny_checkpoint
 
@@ -125,3 +128,22 @@ def test_without_texts_a_budget_cannot_be_spent(checkpoint: Path, tmp_path: Path
     with pytest.raises(InputError, match="int4-6 needs calibration texts"):
         export(source, tmp_path / "bundle", CONTRACT, variants=["int4-6"])
     assert not (tmp_path / "bundle").exists()
+
+
+def test_what_would_be_refused_in_the_end_is_refused_before_anything_is_measured(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("measured before it was refused")
+
+    monkeypatch.setattr(pipeline, "pooled_effects", measured)
+    source, bundle = open_source(checkpoint), tmp_path / "bundle"
+    export(source, bundle, CONTRACT, variants=["fp16"], onnx=False)
+    (bundle / "int4-6").mkdir()
+    options: dict[str, Any] = {"variants": ["int4-6"], "calibration": CALIBRATION}
+    with pytest.raises(InputError, match="int4-6 is there and is no variant of the bundle"):
+        export(source, bundle, CONTRACT, **options)
+    (bundle / "int4-6").rmdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(CapacityError, match=r"the export needs .* bytes of disk, 1000 are free"):
+        export(source, bundle, CONTRACT, **options)
