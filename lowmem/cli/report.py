@@ -194,7 +194,7 @@ def _compare(
 
     def on_plan(plan: Plan, seconds: float) -> None:
         if plan.dropped is not None:
-            pace.failed(plan)
+            pace.ended(plan)
             typer.echo(f"{plan.report_id} failed: {plan.dropped}", err=True)
             return
         pace.finished(plan, seconds)

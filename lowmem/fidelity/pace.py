@@ -41,13 +41,13 @@ class Pace:
 
     def finished(self, plan: Plan, seconds: float) -> None:
         """Takes in how long a plan took; what is left is corrected by the same factor."""
-        self.failed(plan)
+        self.ended(plan)
         if plan.id in self._expected:
             self._taken += seconds
             self._foreseen += self._expected[plan.id]
 
-    def failed(self, plan: Plan) -> None:
-        """Leaves out a plan that ended early; the reference is complete before any plan begins."""
+    def ended(self, plan: Plan) -> None:
+        """Leaves out a plan that is over, if by failing; the reference was complete before it."""
         self._all.remove(plan.id)
         self._reference_seconds = 0.0
 

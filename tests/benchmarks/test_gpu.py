@@ -1,9 +1,9 @@
 """The benchmark for CUDA cards, as far as a CPU can show that its parts fit."""
 
-import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,9 +16,8 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("gpu")
+def scripts(script_named: Callable[[str], ModuleType]) -> ModuleType:
+    return script_named("gpu")
 
 
 def test_the_variants_are_whole_checkpoints(scripts: ModuleType, tmp_path: Path) -> None:
@@ -36,11 +35,14 @@ def test_the_variants_are_whole_checkpoints(scripts: ModuleType, tmp_path: Path)
 
 
 def test_an_engine_job_times_every_workload(
-    scripts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scripts: ModuleType,
+    script_named: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bench = scripts.Bench(tmp_path, "cpu", "tiny")
     scripts.write_variants(tmp_path, bench.config)
-    jobs = importlib.import_module("gpu_job")
+    jobs = script_named("gpu_job")
     monkeypatch.setattr(bench, "run", lambda name, job: jobs.run_engine({**job, "free_bytes": 0}))
     plan = bench.plan("int8", "int8", "streamed", batch_tokens=70, window_tokens=140)
     file = tmp_path / "vectors.npy"

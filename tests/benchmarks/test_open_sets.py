@@ -1,20 +1,16 @@
 """What is taken of public sets, and how their record reads."""
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent.parent / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        return importlib.import_module("open_sets")
+def script(script_named: Callable[[str], ModuleType]) -> ModuleType:
+    return script_named("open_sets")
 
 
 def written(folder: Path, **files: list[dict[str, str]]) -> Path:

@@ -1,19 +1,15 @@
 """Records are of the commit that they name."""
 
-import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent.parent / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def record() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        return importlib.import_module("record")
+def record(script_named: Callable[[str], ModuleType]) -> ModuleType:
+    return script_named("record")
 
 
 @pytest.mark.parametrize("made_of", ["", "another commit"])

@@ -178,10 +178,9 @@ def test_chunks_of_the_mlp_change_nothing(monkeypatch: pytest.MonkeyPatch, compu
     assert float((whole - parts).abs().max()) <= gamma(256) * float(whole.abs().max())
 
 
-def test_summing_in_16_bits_is_switched_on_for_the_product_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen = []
+def switch_in_products(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Fills with torch's switch for sums in 16 bits as each product from now on sees it."""
+    seen: list[bool] = []
     plain = torch.nn.functional.linear
 
     def watched(*arguments: Tensor) -> Tensor:
@@ -189,6 +188,13 @@ def test_summing_in_16_bits_is_switched_on_for_the_product_alone(
         return plain(*arguments)
 
     monkeypatch.setattr(cuda_products.F, "linear", watched)
+    return seen
+
+
+def test_summing_in_16_bits_is_switched_on_for_the_product_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = switch_in_products(monkeypatch)
     weights, nothing = linear(Plain("F16")), torch.zeros(2, 40)
     for compute in ("fp16", "fp16-acc16"):
         operations(compute).project_add(noise(2, 192), weights, nothing, 0)
@@ -346,14 +352,7 @@ def test_vectors_are_near_those_of_the_plain_form(
 def test_a_caller_that_sums_in_16_bits_changes_no_other_compute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen = []
-    plain = torch.nn.functional.linear
-
-    def watched(*arguments: Tensor) -> Tensor:
-        seen.append(torch.backends.cuda.matmul.allow_fp16_accumulation)
-        return plain(*arguments)
-
-    monkeypatch.setattr(cuda_products.F, "linear", watched)
+    seen = switch_in_products(monkeypatch)
     torch.backends.cuda.matmul.allow_fp16_accumulation = True
     try:
         operations("fp16").project_add(noise(2, 192), linear(Plain("F16")), torch.zeros(2, 40), 0)

@@ -34,5 +34,5 @@ def test_a_card_that_was_never_timed_is_said_to_be_unknown() -> None:
 
 def test_a_plan_that_failed_is_not_waited_for() -> None:
     pace = Pace(CPU, 1_000, 1_000, {}, 10.0)
-    pace.failed(CPU[0])
+    pace.ended(CPU[0])
     assert pace.left() == "about 4 min"  # 115 s for each of the two others
