@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +48,12 @@ class Listing:
     Attributes:
         commit: The revision's commit, 40 hex digits.
         sizes: File to its size in bytes, or to None where the hub does not say.
+        blobs: File to the name of its content in the cache, of those that Git LFS keeps.
     """
 
     commit: str
     sizes: Mapping[str, int | None]
+    blobs: Mapping[str, str]
 
 
 def parse_id(text: str) -> HubModel | None:
@@ -79,7 +81,12 @@ def listing(model: HubModel) -> Listing:
         raise _explained(error, model) from error
     if info.sha is None:
         raise BackendError(f"{_endpoint()} does not name the commit of {model}")
-    return Listing(info.sha, {file.rfilename: file.size for file in info.siblings or ()})
+    files = info.siblings or ()
+    return Listing(
+        info.sha,
+        {file.rfilename: file.size for file in files},
+        {file.rfilename: file.lfs.sha256 for file in files if file.lfs is not None},
+    )
 
 
 def fetch(model: HubModel, file: str) -> Path:
@@ -111,12 +118,15 @@ def fetch(model: HubModel, file: str) -> Path:
     raise AssertionError("the last attempt returns or raises")
 
 
-def check_room(model: HubModel, sizes: Mapping[str, int | None]) -> None:
+def check_room(model: HubModel, listing: Listing, files: Iterable[str]) -> None:
     """Checks that files of a model which are not in the cache yet would fit there.
+
+    What has not changed since another commit is there, and is linked.
 
     Args:
         model: At a commit.
-        sizes: File to bytes, or None where that is not known.
+        listing: What it holds there.
+        files: Those of it that are wanted.
 
     Raises:
         CapacityError: The disk has not enough room.
@@ -124,11 +134,14 @@ def check_room(model: HubModel, sizes: Mapping[str, int | None]) -> None:
     from huggingface_hub import constants, try_to_load_from_cache
 
     cache = Path(constants.HF_HUB_CACHE)
-    needed = sum(
-        size or 0
-        for file, size in sizes.items()
-        if not isinstance(try_to_load_from_cache(model.name, file, revision=model.revision), str)
-    )
+    blobs = cache / f"models--{model.name.replace('/', '--')}" / "blobs"
+
+    def is_there(file: str) -> bool:
+        found = try_to_load_from_cache(model.name, file, revision=model.revision)
+        blob = listing.blobs.get(file)
+        return isinstance(found, str) or (blob is not None and (blobs / blob).is_file())
+
+    needed = sum(listing.sizes[file] or 0 for file in files if not is_there(file))
     disk.check_room(
         cache, needed, f"downloading {model.name}", "set HF_HOME to a directory on another disk"
     )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,6 +26,7 @@ class Hub:
     Attributes:
         endpoint: Its address, for ``HF_ENDPOINT``.
         models: Name to directory; each has one commit, under ``main`` and ``v1`` too.
+        commit: That commit.
         token: The one that is asked for, if any.
         gated: Whether files other than the model card are refused to everybody.
         status: Answered to everything, if set.
@@ -36,6 +38,7 @@ class Hub:
 
     endpoint: str
     models: dict[str, Path] = field(default_factory=dict)
+    commit: str = COMMIT
     token: str | None = None
     gated: bool = False
     status: int | None = None
@@ -62,6 +65,16 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _sibling(path: Path, directory: Path) -> dict[str, Any]:
+    """A file as a listing has it: weights are kept by Git LFS, others by git."""
+    size = path.stat().st_size
+    about = {"rfilename": path.relative_to(directory).as_posix(), "size": size}
+    if path.suffix == ".safetensors":
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        about["lfs"] = {"sha256": digest, "size": size, "pointerSize": 134}
+    return about
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -94,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _is_there(self, name: str, revision: str) -> bool:
         if name not in self.server.hub.models:
             self._refuse(404, "RepoNotFound")
-        elif revision not in ("main", "v1", COMMIT):
+        elif revision not in ("main", "v1", self.server.hub.commit):
             self._refuse(404, "RevisionNotFound")
         else:
             return True
@@ -102,11 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _list(self, directory: Path, name: str) -> None:
         files = sorted(path for path in directory.rglob("*") if path.is_file())
-        siblings = [
-            {"rfilename": path.relative_to(directory).as_posix(), "size": path.stat().st_size}
-            for path in files
-        ]
-        body = json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
+        siblings = [_sibling(path, directory) for path in files]
+        answer = {"id": name, "sha": self.server.hub.commit, "siblings": siblings}
+        body = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -127,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if span else 200)
         if span:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", hub.commit)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()

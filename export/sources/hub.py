@@ -73,7 +73,7 @@ def open_hub_model(
     else:
         small.append(INDEX_FILE)
         weights = _shards(hub.fetch(pinned, INDEX_FILE), listing.sizes)
-    hub.check_room(pinned, {file: listing.sizes[file] for file in (*small, *weights)})
+    hub.check_room(pinned, listing, (*small, *weights))
     files = sorted(small) + weights
     for done, file in enumerate(files):
         progress(f"downloading {model.name}", done, len(files))

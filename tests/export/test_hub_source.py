@@ -401,3 +401,17 @@ def test_what_is_no_source_is_refused_before_it_is_described(hub: Hub, own: Path
     with pytest.raises(InputError, match=r"must have a tokenizer\.json, and .* has none"):
         fetch_description(HubModel(NAME))
     assert not hub.got()
+
+
+def test_weights_that_another_commit_had_too_need_no_room(
+    hub: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_source(NAME)
+    hub.commit = COMMIT[::-1]
+    hub.files.clear()
+    left = [name for name in NEEDED if not name.endswith((".safetensors", "modules.json"))]
+    free = sum((checkpoint / name).stat().st_size for name in left)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        assert open_source(NAME).revision == hub.commit
+    assert not any(name.endswith(".safetensors") for name in hub.got())
