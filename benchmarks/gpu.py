@@ -139,7 +139,7 @@ def measure_speed(bench: Bench) -> dict[str, Any]:
             file = Path(folder) / f"{name}.npy"
             plan = bench.plan(variant, compute, "resident", batch_tokens=8192, window_tokens=65536)
             plans[name] = bench.engine(plan, workloads, vectors=file)
-            if file.exists():
+            if file.exists() and exact.exists():
                 cosines[name] = cosine(np.load(file), np.load(exact))
     job = {"kind": "peer", "directory": str(bench.directory / "fp16"), "workloads": workloads}
     peer = bench.run("transformers", job | {"batch_size": 16, "repeats": bench.repeats})

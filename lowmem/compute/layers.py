@@ -49,12 +49,12 @@ class Ends:
     """What stands before the first layer and behind the last.
 
     Attributes:
-        embedding: The token embeddings, mapped on the host; rows are looked up there.
+        embedding: The token embeddings in 16 bits, mapped on the host; rows are looked up there.
         final_norm: Weight of the last norm, on the device.
         latent_attention: The pooling's own weights, or None where it has none.
     """
 
-    embedding: RawTensor
+    embedding: Tensor
     final_norm: Tensor
     latent_attention: LatentAttention | None = None
 
@@ -207,7 +207,7 @@ class _PrefixStep:
             positions = torch.arange(len(tokens), device=device)
             self._rotation = Rotation.at(positions, config.rope_theta, config.head_dim)
             self._spans = Spans.of([(0, [len(tokens)])], True, device)
-            self._hidden = embed(tokens, ends.embedding).to(device)
+            self._hidden = embed(tokens, ends.embedding, device)
 
     def go_through(self, ops: Operations, layer: DecoderLayer, *, is_exact: bool) -> PrefixStates:
         """What the layer leaves of it, which is computed unless it was known."""
@@ -224,6 +224,10 @@ def prefixes_of(batch: PackedBatch) -> list[bytes]:
     return [section.prefix.tobytes() for section in batch.sections if len(section.prefix)]
 
 
-def embed(ids: Ids, embedding: RawTensor) -> Tensor:
-    """Looks up tokens, float32 ``[tokens, hidden]`` on the host."""
-    return torch.from_numpy(RawTensor(embedding.dtype, embedding.array[ids]).float32())
+def embed(ids: Ids, embedding: Tensor, device: str) -> Tensor:
+    """Looks up tokens on the host, float32 ``[tokens, hidden]`` on the device.
+
+    They go there in 16 bits: a fast card would wait for more.
+    """
+    rows = embedding.index_select(0, torch.tensor(ids, device="cpu"))
+    return rows.to(device).float()

@@ -42,15 +42,13 @@ Prepare = Callable[[], tuple[Compute, Sequence[object] | None]]
 class RecordedPasses:
     """The passes of the shapes that come most."""
 
-    def __init__(self, record: Record, device: str) -> None:
+    def __init__(self, record: Record) -> None:
         """Records nothing yet.
 
         Args:
             record: Records a pass; every call of it may use memory that earlier recordings use.
-            device: Where passes compute.
         """
         self._record = record
-        self._device = device
         self._works = True
         self._passes = 0
         self._seen: dict[Hashable, int] = {}  # and in which pass; the last is last
@@ -61,7 +59,7 @@ class RecordedPasses:
 
         Args:
             shape: All that a pass depends on, its input left out.
-            hidden: Embeddings of the tokens, float32 ``[tokens, hidden]``, on the host.
+            hidden: Embeddings of the tokens, float32 ``[tokens, hidden]``, on the device.
             prepare: Not asked where the pass has been recorded.
 
         Returns:
@@ -77,7 +75,7 @@ class RecordedPasses:
             self._recorded[shape] = recording
             return recording.replay(hidden)
         compute, read = prepare()
-        vectors = compute(hidden.to(self._device))
+        vectors = compute(hidden)
         if not is_new and read is not None and self._works and self._has_room():
             self._add(shape, compute, read, hidden, vectors)
         return vectors
@@ -108,8 +106,8 @@ class RecordedPasses:
         """Records a pass that has just been run, unless that does not work here."""
         other = hidden.flip(0, 1)  # other tokens, which no text has
         try:
-            expected = compute(other.to(self._device))
-            recording = _Recording(self._record, compute, read, hidden.to(self._device))
+            expected = compute(other)
+            recording = _Recording(self._record, compute, read, hidden)
             is_right = _agree(recording.replay(other), expected) and _agree(
                 recording.replay(hidden), vectors
             )
@@ -154,8 +152,14 @@ def cuda_graphs() -> Record:
     """Recordings as CUDA graphs, which share their memory: each is read before another runs."""
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream()
+    graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        nonlocal pool
+        if not graphs:
+            # Before 2.12 torch takes no graph into a pool again that all have left, but whose
+            # memory cuBLAS still has.
+            pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads may have business of their own with the card.
         capture = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
@@ -168,6 +172,7 @@ def cuda_graphs() -> Record:
             torch.inference_mode(),
         ):
             result = run()
+        graphs.add(graph)
         return graph.replay, result
 
     return record

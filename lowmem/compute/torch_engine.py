@@ -204,7 +204,7 @@ class TorchEngine:
             batches = [batch.filled(rows_computed(batch.tokens)) for batch in batches]
         steps = [self._step(batch) for batch in batches]
         hidden = deque(
-            embed(batch.input_ids, self._ends.embedding).to(self._device) for batch in batches
+            embed(batch.input_ids, self._ends.embedding, self._device) for batch in batches
         )
         vectors = self._compute(steps, hidden, on_layer)
         return [
@@ -215,7 +215,7 @@ class TorchEngine:
     def _run_recorded(self, batch: PackedBatch, recorded: RecordedPasses) -> NDArray[np.float32]:
         for prefix in prefixes_of(batch):
             self._prefixes.get(prefix)  # in use, even where nothing asks for it again
-        hidden = embed(batch.input_ids, self._ends.embedding)
+        hidden = embed(batch.input_ids, self._ends.embedding, self._device)
         return recorded.run(_shape(batch), hidden, lambda: self._pass_over(batch)).cpu().numpy()
 
     def _step(self, batch: PackedBatch) -> Step:
@@ -258,7 +258,7 @@ def _records(device: str, schedule: str, contract: Contract) -> RecordedPasses |
     """Recorded passes where they can be: means are taken of tokens that the host counts."""
     if device != "cuda" or schedule != "resident" or contract.pooling != "lasttoken":
         return None
-    return RecordedPasses(cuda_graphs(), device)
+    return RecordedPasses(cuda_graphs())
 
 
 def _is_recorded(batches: Sequence[PackedBatch]) -> bool:
@@ -291,7 +291,7 @@ def _operations(config: ModelConfig, device: str, compute: str) -> Operations:
 
 
 def _load_ends(checkpoint: Checkpoint, device: str) -> Ends:
-    ends = Ends(checkpoint.embedding(), to_torch(checkpoint.final_norm(), device))
+    ends = Ends(to_torch(checkpoint.embedding()), to_torch(checkpoint.final_norm(), device))
     shape = checkpoint.config.latent_attention
     if shape is None:
         return ends

@@ -307,6 +307,44 @@ def test_a_wrong_or_missing_product_is_a_backend_error(monkeypatch: pytest.Monke
         cuda._checked_product("scaled_mm")
 
 
+@pytest.mark.parametrize(
+    ("version", "capability", "is_refused"),
+    [
+        ("2.11.0+cu130", ADA, True),
+        ("2.9.1", ADA, True),
+        ("2.12.0+cu130", ADA, False),
+        ("2.11.0", HOPPER, False),
+    ],
+)
+def test_a_torch_whose_fp8_may_never_end_on_a_card_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str, capability: tuple[int, int], is_refused: bool
+) -> None:
+    cuda._checked_product.cache_clear()
+    monkeypatch.setattr(cuda_selftest, "fp8_is_right", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch, "__version__", version)
+    if is_refused:
+        with pytest.raises(BackendError, match="by a kernel that may never end"):
+            cuda._checked_product("scaled_mm")
+    else:
+        assert cuda._checked_product("scaled_mm") is library_products.multiply_fp8
+    cuda._checked_product.cache_clear()
+
+
+@pytest.mark.parametrize("error", [AssertionError("libcuda.so cannot be found"), ImportError("so")])
+def test_triton_that_cannot_load_what_it_compiled_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fails(*_: object) -> bool:
+        raise error
+
+    monkeypatch.setattr(cuda_selftest, "rows_are_right", fails)
+    cuda.triton_works.cache_clear()
+    assert not cuda.triton_works("cuda")
+    assert f"Triton does not work here, kernels of torch serve: {error}" in caplog.text
+    cuda.triton_works.cache_clear()
+
+
 def test_triton_that_is_missing_or_fails_is_said_once_and_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -67,7 +67,7 @@ def engine(
     ops = plain_cuda.operations(compute)
     ops._attention = kernel
     monkeypatch.setattr(torch_engine, "_operations", lambda *_: ops)
-    passes = None if record is None else RecordedPasses(record, DEVICE)
+    passes = None if record is None else RecordedPasses(record)
     monkeypatch.setattr(torch_engine, "_records", lambda *_: passes)
     return TorchEngine(Checkpoint(Bundle(bundle).directory(variant)), CONTRACT, device=DEVICE)
 

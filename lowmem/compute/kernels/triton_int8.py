@@ -120,7 +120,7 @@ def _multiply(
         else:
             a = tl.load(left, step[None, :] < K - begin, other=0)
             b = tl.load(right, step[:, None] < K - begin, other=0)
-        total = tl.dot(a, b, total)
+        total = tl.dot(a, b, total, out_dtype=tl.int32)
         left += BLOCK_K
         right += BLOCK_K
     scaled = total.to(tl.float32) * tl.load(row_scales + row, row < M, other=0.0)[:, None]

@@ -15,6 +15,7 @@ from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from lowmem.compute.attention import Spans
 from lowmem.compute.decoder import Rotation
@@ -42,6 +43,7 @@ from lowmem.errors import BackendError
 logger = logging.getLogger(__name__)
 
 _FLASH_CAPABILITY = (8, 0)
+_ADA = (8, 9)
 _FP8_CAPABILITY = (8, 9)
 
 
@@ -240,7 +242,13 @@ def triton_works(device: str) -> bool:
         is_right = cuda_selftest.rows_are_right(
             kernels, device
         ) and cuda_selftest.weights_are_right(dequantize, device)
-    except (TritonError, RuntimeError, OSError, SubprocessError) as error:
+    except (
+        *(TritonError, RuntimeError, OSError, SubprocessError),
+        *(
+            ImportError,
+            AssertionError,
+        ),  # of its own compiled parts, where the driver's are not found
+    ) as error:
         if is_out_of_memory(error):
             raise  # which says nothing of Triton
         logger.warning("Triton does not work here, kernels of torch serve: %s", error)
@@ -261,6 +269,11 @@ def _checked_product(name: str) -> CodesProduct:
         from lowmem.compute.kernels.tuned_int8 import TunedInt8Product
 
         return TunedInt8Product(_card())
+    if name == "scaled_mm" and _may_hang():
+        raise BackendError(
+            f"torch {torch.__version__} multiplies fp8 on this card by a kernel that may never "
+            "end: use torch 2.12 or newer, or another compute"
+        )
     try:
         if name == "int_mm":
             multiply: CodesProduct = library_products.multiply_int8
@@ -275,6 +288,15 @@ def _checked_product(name: str) -> CodesProduct:
     if not is_right:
         raise BackendError(f"torch's 8-bit product is wrong on this card ({name})")
     return multiply
+
+
+def _may_hang() -> bool:
+    """Whether torch clears what its fp8 kernel waits for in another stream than the kernel's.
+
+    Source: https://github.com/pytorch/pytorch/issues/177651.
+    """
+    is_old = TorchVersion(torch.__version__) < "2.12"
+    return is_old and torch.cuda.get_device_capability() == _ADA
 
 
 def _card() -> str:
