@@ -26,13 +26,13 @@ MACHINE_KEYS = ("cpu_name", "cpu_threads", "cpu_features", "gpus")
 
 def commit() -> str | None:
     """The commit that is checked out; None where files differ from it, or there is no git."""
-    git = ["git", "-C", str(ROOT)]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        if subprocess.check_output(
-            [*git, "status", "--porcelain"], text=True, stderr=subprocess.DEVNULL
-        ).strip():
-            return None
-        return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        return None if git("status", "--porcelain") else git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -77,10 +77,9 @@ def _poolings(stated: Stated, contract: Contract) -> Iterator[str]:
     modes = stated.pooling_modes
     # The mean behind latent attention is one.
     pooling = "mean" if contract.pooling == "latent_attention" else contract.pooling
-    has_prompts = contract.query_template != "{text}" or contract.document_template != "{text}"
     if modes not in ((), (pooling,)):
         yield f"{POOLING} pools by {', '.join(modes)}, and the contract by {contract.pooling}"
-    elif modes and contract.pooling == "mean" and stated.pools_prompts and has_prompts:
+    elif modes and contract.pooling == "mean" and stated.pools_prompts and contract.has_prompts:
         yield (
             f"{POOLING} takes the mean over prompt and text (include_prompt), and a contract can "
             "only leave the prompt out"

@@ -47,7 +47,7 @@ from lowmem.artifact.weights import EMBEDDING, Checkpoint
 from lowmem.compute.heap import give_back_freed_memory
 from lowmem.compute.operations.products import check_float32
 from lowmem.data import Row
-from lowmem.disk import check_room, nearest_directory
+from lowmem.disk import nearest_directory
 from lowmem.errors import BundleError, InputError
 from lowmem.progress import Progress
 from lowmem.text.batching import EncodedText
@@ -165,10 +165,7 @@ def export(
             elif not calibration:
                 raise InputError(f"{name} needs calibration texts: they decide where its bits go")
             else:
-                # What would refuse it in the end, before all that is measured for its sake.
-                workspace.check_names([name])
-                if not workspace.partial.exists():
-                    check_room(bundle, int(budget * config.linear_weights / 8), "the export")
+                workspace.foresee(name, int(budget * config.linear_weights / 8))
                 formats = allocate(effects(), config, budget)
             linked = name == "fp16" and source.shards is not None
             layout = None if linked else lay_out(config, dtype, formats)

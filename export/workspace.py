@@ -93,13 +93,23 @@ class Workspace:
         """
         return self._journal.finished(work) if self._journal.path.exists() else {}
 
-    def check_names(self, variants: Iterable[str]) -> None:
-        """Refuses to put variants where something else lies.
+    def foresee(self, variant: str, least_bytes: int) -> None:
+        """Refuses what ``begin`` would refuse, before anything is measured for a variant's sake.
+
+        Args:
+            variant: Its name.
+            least_bytes: What its files will take at least.
 
         Raises:
-            InputError: The directory holds something under the name of a variant that is not in
-                the manifest.
+            CapacityError: The disk has not enough room.
+            InputError: Something else lies in its place.
         """
+        self._check_names([variant])
+        if not self.partial.exists():  # of which some may be kept
+            check_room(self.bundle, least_bytes, "the export")
+
+    def _check_names(self, variants: Iterable[str]) -> None:
+        """Refuses to put variants where something that is not in the manifest lies."""
         manifest = self.manifest()
         for variant in variants:
             known = manifest is not None and variant in manifest.variants
@@ -127,7 +137,7 @@ class Workspace:
                 holds something under the name of a variant that is not in the manifest.
         """
         variants = sorted(variants)
-        self.check_names(variants)
+        self._check_names(variants)
         kept = {self.partial / path for path in keep}
         try:
             if self._lock is None:

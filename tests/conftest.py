@@ -1,5 +1,6 @@
 """Fixtures that several rooms share."""
 
+import importlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,14 @@ def cache_directory(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("LOWMEM_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def script_named():
+    """Imports a benchmark by its name, as they import one another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        yield importlib.import_module
 
 
 @pytest.fixture

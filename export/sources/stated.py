@@ -76,7 +76,7 @@ def refuse_other_vectors(directory: Path) -> None:
     path = directory / MODULES
     if not path.is_file():
         return
-    modules = strict_json.loads(strict_json.read_bytes(path), str(path))
+    modules = strict_json.read(path)
     if not isinstance(modules, list):
         raise BundleError(f"{path} must hold an array, got {strict_json.type_name(modules)}")
     named = [module.get("type") if isinstance(module, dict) else None for module in modules]

@@ -57,6 +57,11 @@ class Contract:
         return (self.bos_token_id is not None) + (self.eos_token_id is not None)
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether anything is put before queries or documents."""
+        return {self.query_template, self.document_template} != {"{text}"}
+
+    @property
     def takes_tasks(self) -> bool:
         """Whether a query has a place for an instruction."""
         return _TASK in self.query_template

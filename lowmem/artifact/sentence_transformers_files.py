@@ -106,8 +106,7 @@ def mean_leaves_out_prompts(contract: Contract) -> bool:
 
     sentence-transformers does or refuses; vLLM pools the prompt too, or another token alone.
     """
-    templates = (contract.query_template, contract.document_template)
-    return contract.is_causal and contract.pooling == "mean" and set(templates) != {"{text}"}
+    return contract.is_causal and contract.pooling == "mean" and contract.has_prompts
 
 
 def _modules(*kinds: str) -> list[dict[str, Any]]:

@@ -246,7 +246,7 @@ def _differences(name: str, expected: Any, directory: Path) -> Iterator[str]:
     if not path.exists():
         yield f"{name} is missing"
         return
-    found = strict_json.loads(strict_json.read_bytes(path), str(path))
+    found = strict_json.read(path)
     if not isinstance(expected, dict) or not isinstance(found, dict):
         if found != expected:
             yield f"{name} must be {_short(expected)}, got {_short(found)}"

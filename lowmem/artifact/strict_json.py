@@ -66,6 +66,11 @@ def loads(data: bytes | str, place: str, *, max_bytes: int = MAX_BYTES) -> objec
         raise BundleError(f"{place} {error}") from error
 
 
+def read(path: Path, *, max_bytes: int = MAX_BYTES) -> object:
+    """Returns the one JSON value that a file holds; else as :func:`read_object`."""
+    return loads(read_bytes(path, max_bytes=max_bytes), str(path), max_bytes=max_bytes)
+
+
 def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Returns the JSON object that a file holds.
 
@@ -77,7 +82,7 @@ def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         BundleError: The file is missing, not a regular file, cannot be read, or does not hold one
             object as :func:`loads` takes it.
     """
-    value = loads(read_bytes(path, max_bytes=max_bytes), str(path), max_bytes=max_bytes)
+    value = read(path, max_bytes=max_bytes)
     if not isinstance(value, dict):
         raise BundleError(f"{path} must hold a JSON object, got {type_name(value)}")
     return value

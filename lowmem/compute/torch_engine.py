@@ -185,8 +185,10 @@ class TorchEngine:
         if self._device == "cuda":
             with recording_lock:
                 torch.cuda.empty_cache()
-        self._times_out_of_memory += counts
-        if counts and self._times_out_of_memory > 1:
+        if not counts:
+            return
+        self._times_out_of_memory += 1
+        if self._times_out_of_memory > 1:
             self._most_tokens = min(tokens // 2, self._most_tokens or tokens)
             logger.warning(
                 "memory of the %s device ran out again: a pass has at most %d tokens from now on",

@@ -61,7 +61,7 @@ def check_dump(directory: Path, given: Iterable[Path | None]) -> None:
     if os.path.lexists(directory) and not os.path.isdir(directory):
         raise InputError(f"--dump takes a directory, and {directory} is none")
     given = list(given)
-    check_apart(directory, [one for one in given if one is not None and one.is_dir()])
+    check_apart(directory, given)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,8 +1,5 @@
 """Memory and streaming at two billion parameters, against what is promised."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 
 from lowmem.artifact.manifest import Bundle
@@ -11,7 +8,6 @@ from lowmem.compute.plan import Plan
 from lowmem.planner.memory import packed_bytes
 
 GIB, MIB = 2**30, 2**20
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BATCH_TOKENS = 4096
 # What the libraries need besides: torch with its threads and a scattered heap, or ONNX Runtime.
 LIBRARIES_BYTES = {"torch": 350 * MIB, "onnxruntime": 200 * MIB}
@@ -20,17 +16,9 @@ STREAMED_SPEED = 0.9
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    """Imports a benchmark by its name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module
-
-
-@pytest.fixture(scope="module")
-def exported(benchmark, tmp_path_factory):
+def exported(script_named, tmp_path_factory):
     folder = tmp_path_factory.mktemp("2b")
-    return benchmark("memory").export_peak(folder), folder
+    return script_named("memory").export_peak(folder), folder
 
 
 @pytest.mark.slow
@@ -48,12 +36,12 @@ def test_export_stays_below_its_ceiling(exported):
     ],
 )
 def test_embedding_stays_below_its_ceiling_and_near_its_prediction(
-    benchmark, exported, engine, compute
+    script_named, exported, engine, compute
 ):
     _, folder = exported
     bundle = Bundle(folder / "bundle")
     wishes = {"variant": "int4", "device": "cpu", "engine": engine, "compute": compute}
-    peaks = benchmark("memory").embed_peaks(bundle.path, folder, **wishes)
+    peaks = script_named("memory").embed_peaks(bundle.path, folder, **wishes)
     if not peaks:
         pytest.skip(f"this machine has no plan of {engine} in {compute}")
     (peak,) = peaks.values()
@@ -77,9 +65,9 @@ def ceiling(checkpoint: Checkpoint, engine: str, compute: str) -> float:
 
 
 @pytest.mark.slow
-def test_streaming_from_disk_is_nearly_as_fast_as_holding_the_weights(benchmark, exported):
+def test_streaming_from_disk_is_nearly_as_fast_as_holding_the_weights(script_named, exported):
     _, folder = exported
-    streaming = benchmark("streaming")
+    streaming = script_named("streaming")
     found = streaming.compare(folder / "bundle")
     # In every pass every layer came from the disk, but for pages that two tensors share.
     assert found["streamed"]["read_bytes"] >= 0.999 * streaming.ROUNDS * found["streamed_bytes"]

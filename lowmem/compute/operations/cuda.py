@@ -43,6 +43,8 @@ from lowmem.errors import BackendError
 logger = logging.getLogger(__name__)
 
 _FLASH_CAPABILITY = (8, 0)
+# Of Triton, besides its own: the last two come where it cannot load what it compiled for itself.
+_TRITON_FAILURES = (RuntimeError, OSError, SubprocessError, ImportError, AssertionError)
 _ADA = (8, 9)
 _FP8_CAPABILITY = (8, 9)
 
@@ -242,13 +244,7 @@ def triton_works(device: str) -> bool:
         is_right = cuda_selftest.rows_are_right(
             kernels, device
         ) and cuda_selftest.weights_are_right(dequantize, device)
-    except (
-        *(TritonError, RuntimeError, OSError, SubprocessError),
-        *(
-            ImportError,
-            AssertionError,
-        ),  # of its own compiled parts, where the driver's are not found
-    ) as error:
+    except (TritonError, *_TRITON_FAILURES) as error:
         if is_out_of_memory(error):
             raise  # which says nothing of Triton
         logger.warning("Triton does not work here, kernels of torch serve: %s", error)
